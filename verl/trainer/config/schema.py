@@ -1,0 +1,233 @@
+"""The configuration: typed, with every default and every description in this one place.
+
+A key here is read by the code (tests/trainer/config/test_schema.py proves it) and listed in docs/config.md
+(`python -m verl.trainer.config.document` regenerates it). Keys follow the names that launch scripts of this field
+use. `II(path)` marks a key that follows another one unless it is set itself.
+
+Units: `data.train_batch_size` and `ppo_mini_batch_size` count prompts (questions); micro-batches count rows
+(responses); `n_gpus_per_node` counts training workers per node, on any device.
+"""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
+
+from omegaconf import II, MISSING
+
+
+def key(default: Any, help: str) -> Any:
+    """A documented configuration key."""
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+def section(cls: type) -> Any:
+    return field(default_factory=cls)
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+@dataclass
+class DataConfig:
+    train_files: Any = key(MISSING, "Training rows: one parquet or JSONL file, or a list of them.")
+    val_files: Any = key(MISSING, "Validation rows: one parquet or JSONL file, or a list of them.")
+    train_batch_size: int = key(1024, "Questions per training step.")
+    max_prompt_length: int = key(512, "Longest prompt, in tokens.")
+    max_response_length: int = key(512, "Longest response, in tokens.")
+    truncation: str = key("error", "What happens to a longer prompt: `error`, `left` or `right` (which end is cut).")
+    filter_overlong_prompts: bool = key(False, "Drop longer prompts instead; the number dropped is printed.")
+    prompt_key: str = key("prompt", "Column that holds the chat messages.")
+    shuffle: bool = key(True, "Draw the training questions in a new order each epoch.")
+    seed: int = key(II("trainer.seed"), "Seed of the order of questions; follows `trainer.seed`.")
+
+
+# --------------------------------------------------------------------------------------------- actor, rollout, ref
+@dataclass
+class ModelConfig:
+    path: str = key(MISSING, "Hugging Face folder (or hub name) of the model and its tokenizer.")
+    enable_gradient_checkpointing: bool = key(True, "Recompute each layer in the backward pass to save memory.")
+
+
+@dataclass
+class OptimConfig:
+    lr: float = key(1e-6, "Peak learning rate of AdamW.")
+    weight_decay: float = key(0.01, "Decoupled weight decay.")
+    lr_warmup_steps: int = key(-1, "Optimizer steps of linear warm-up; -1: none.")
+    lr_scheduler_type: str = key("constant", "After warm-up: `constant`, `linear` or `cosine` (both decay to 0).")
+
+
+@dataclass
+class PolicyLossConfig:
+    loss_mode: str = key("vanilla", "Policy loss by its registered name: `vanilla` (token-level PPO clip), `gspo`, ...")
+
+
+@dataclass
+class ActorConfig:
+    strategy: str = key("fsdp2", "Training engine; `fsdp2` is the one there is.")
+    ppo_mini_batch_size: int = key(256, "Questions per optimizer step.")
+    ppo_micro_batch_size_per_gpu: int | None = key(
+        None, "Rows per forward and backward pass of a worker; null: filled up to `ppo_max_token_len_per_gpu`."
+    )
+    use_dynamic_bsz: bool = key(False, "Fill micro-batches to a token budget even if a fixed size is given.")
+    ppo_max_token_len_per_gpu: int = key(16384, "Token budget of a micro-batch (prompt and response).")
+    ppo_epochs: int = key(1, "Passes over the batch per step.")
+    clip_ratio_low: float = key(0.2, "The ratio is clipped below at 1 - this.")
+    clip_ratio_high: float = key(0.2, "The ratio is clipped above at 1 + this.")
+    clip_ratio_c: float = key(3.0, "Dual clip: bound of ratio * advantage for negative advantages; > 1.")
+    loss_agg_mode: str = key(
+        "token-mean",
+        "How token losses become one number: `token-mean`, `seq-mean-token-sum`, `seq-mean-token-mean` or "
+        "`seq-mean-token-sum-norm`; always over the whole mini-batch on all workers.",
+    )
+    entropy_coeff: float = key(0.0, "Weight of the entropy bonus in the loss.")
+    use_kl_loss: bool = key(False, "Add the KL divergence from the reference policy to the loss.")
+    kl_loss_coef: float = key(0.001, "Weight of that KL term.")
+    kl_loss_type: str = key("low_var_kl", "Its estimator: `kl`, `abs`, `mse` or `low_var_kl`.")
+    grad_clip: float = key(1.0, "Largest global norm of the gradient.")
+    policy_loss: PolicyLossConfig = section(PolicyLossConfig)
+    optim: OptimConfig = section(OptimConfig)
+
+
+@dataclass
+class ValSamplingConfig:
+    n: int = key(1, "Responses per validation question.")
+    do_sample: bool = key(False, "Sample; false: greedy, whatever the temperature.")
+    temperature: float = key(0.0, "Temperature of validation samples; 0: greedy.")
+    top_p: float = key(1.0, "Nucleus of validation samples.")
+    top_k: int = key(-1, "Top-k of validation samples; -1: all.")
+
+
+@dataclass
+class RolloutConfig:
+    name: str = key("hf", "Rollout engine: `hf` (transformers, in the training process).")
+    n: int = key(1, "Responses per training question.")
+    temperature: float = key(1.0, "Sampling temperature; the trainer divides its logits by it as well.")
+    top_p: float = key(1.0, "Nucleus sampling; 1: off.")
+    top_k: int = key(-1, "Top-k sampling; -1: off.")
+    max_num_seqs: int = key(256, "Most sequences decoded together by one engine.")
+    log_prob_micro_batch_size_per_gpu: int | None = key(
+        II("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"), "Rows per log-prob pass; follows the actor's."
+    )
+    log_prob_use_dynamic_bsz: bool = key(
+        II("actor_rollout_ref.actor.use_dynamic_bsz"), "Token budget for log-prob passes; follows the actor's."
+    )
+    log_prob_max_token_len_per_gpu: int = key(
+        II("actor_rollout_ref.actor.ppo_max_token_len_per_gpu"), "That budget; follows the actor's."
+    )
+    val_kwargs: ValSamplingConfig = section(ValSamplingConfig)
+
+
+@dataclass
+class RefConfig:
+    log_prob_micro_batch_size_per_gpu: int | None = key(
+        II("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"), "Rows per reference pass; follows the actor's."
+    )
+    log_prob_use_dynamic_bsz: bool = key(
+        II("actor_rollout_ref.actor.use_dynamic_bsz"), "Token budget for reference passes; follows the actor's."
+    )
+    log_prob_max_token_len_per_gpu: int = key(
+        II("actor_rollout_ref.actor.ppo_max_token_len_per_gpu"), "That budget; follows the actor's."
+    )
+
+
+@dataclass
+class ActorRolloutRefConfig:
+    model: ModelConfig = section(ModelConfig)
+    actor: ActorConfig = section(ActorConfig)
+    rollout: RolloutConfig = section(RolloutConfig)
+    ref: RefConfig = section(RefConfig)
+
+
+# ----------------------------------------------------------------------------------------------------- algorithm
+@dataclass
+class RiskConfig:
+    alpha: float = key(0.2, "Lower quantile level: outcomes below it weigh 1 + omega.")
+    beta: float = key(0.8, "Upper quantile level: outcomes above it weigh nothing.")
+    omega: float = key(0.5, "Extra weight of the lower tail (the paper's omega).")
+    region_weights: list[float] | None = key(
+        None, "Weights of [0, alpha], [alpha, beta], [beta, 1]; null: MVaR's (1 + omega, 1, 0)."
+    )
+    bundling: str = key("random", "Which questions form a bundle: `random`, `same_question` or `difficulty`.")
+    bundle_remainder: str = key("error", "Questions left over by the bundle size: `error`, `drop` or `short`.")
+    pairing: str = key("exact", "Which responses meet: `exact` (expectation over all), `permute` or `aligned`.")
+    num_pairings: int = key(1, "Independent pairings averaged by `permute`.")
+    baseline: str = key("leave_one_out", "Subtracted from the credit: `leave_one_out` or `none`.")
+    adv_norm: str = key("none", "`none`, or `batch`: divide by the batch's standard deviation of advantages.")
+    quantile_source: str = key("tracked", "Quantiles used: `tracked`, `batch` or `mixed` (their mean).")
+    tracker: str = key("sgd", "`sgd` (the paper's) or `ema`, a moving average of the score distribution.")
+    update_order: str = key("after", "The tracker moves `after` a batch's advantages are computed, or `before`.")
+
+
+@dataclass
+class KLCtrlConfig:
+    type: str = key("fixed", "`fixed` or `adaptive` coefficient of the KL penalty in the reward.")
+    kl_coef: float = key(0.001, "Coefficient (the first one, if adaptive).")
+    horizon: int = key(10000, "Adaptive: responses over which the coefficient moves.")
+    target_kl: float = key(0.1, "Adaptive: KL aimed at.")
+
+
+@dataclass
+class AlgorithmConfig:
+    adv_estimator: str = key("riskpo", "Advantage estimator by its registered name.")
+    gamma: float = key(1.0, "Discount per token.")
+    norm_adv_by_std_in_grpo: bool = key(True, "GRPO: divide by the group's standard deviation.")
+    use_kl_in_reward: bool = key(False, "Subtract the KL divergence from the reference policy from the rewards.")
+    kl_penalty: str = key("kl", "Its estimator: `kl`, `abs`, `mse` or `low_var_kl`.")
+    kl_ctrl: KLCtrlConfig = section(KLCtrlConfig)
+    bundle_size: int = key(5, "Questions per bundle.")
+    lr_q: float = key(0.1, "Step size of the quantile tracker, relative to the range of bundle scores.")
+    lr_q_power: float = key(0.0, "The k-th step is divided by (1 + k) to this power: 0, or in (0.5, 1].")
+    risk: RiskConfig = section(RiskConfig)
+
+
+# -------------------------------------------------------------------------------------------------------- reward
+@dataclass
+class CustomRewardConfig:
+    path: str | None = key(None, "Python file with a reward function of your own.")
+    name: str = key("compute_score", "Its name in that file.")
+    reward_kwargs: dict[str, Any] = key({}, "Keyword arguments handed to it.")
+
+
+# ------------------------------------------------------------------------------------------------------- trainer
+@dataclass
+class TrainerConfig:
+    project_name: str = key("riskpo", "First folder of the run, and the wandb project.")
+    experiment_name: str = key("default", "Second folder of the run, and the wandb name.")
+    default_local_dir: str = key("outputs/${trainer.project_name}/${trainer.experiment_name}", "Folder of the run.")
+    logger: list[str] = key(["console", "jsonl", "wandb"], "Of `console`, `jsonl`, `tensorboard`, `wandb`.")
+    nnodes: int = key(1, "Nodes.")
+    n_gpus_per_node: int = key(8, "Training workers per node, on any device.")
+    device: str = key("auto", "`cuda`, `cpu`, or `auto`: cuda where there is one.")
+    worker_group: str = key("ray", "`ray`, or `local`: the one worker in this process.")
+    start_timeout_s: int = key(300, "Longest wait for workers to be placed and to start, in seconds.")
+    total_epochs: int = key(30, "Passes over the training questions.")
+    total_training_steps: int | None = key(None, "Stop after this many steps; null: after `total_epochs`.")
+    seed: int = key(1, "The one seed: order of questions, sampling, bundles, pairings.")
+    balance_batch: bool = key(True, "Give workers equal amounts of tokens rather than equal numbers of rows.")
+    val_before_train: bool = key(True, "Validate before the first step.")
+    test_freq: int = key(-1, "Validate every so many steps; -1: at the end only.")
+    save_freq: int = key(-1, "Save a checkpoint every so many steps; -1: never.")
+    resume_mode: str = key("auto", "`auto`: go on from the newest complete checkpoint; `disable`: start anew.")
+    log_val_generations: int = key(0, "Validation samples shown in the tracker.")
+
+
+@dataclass
+class PPOConfig:
+    """Root of the configuration of `python -m verl.trainer.main_ppo`."""
+
+    data: DataConfig = section(DataConfig)
+    actor_rollout_ref: ActorRolloutRefConfig = section(ActorRolloutRefConfig)
+    algorithm: AlgorithmConfig = section(AlgorithmConfig)
+    custom_reward_function: CustomRewardConfig = section(CustomRewardConfig)
+    trainer: TrainerConfig = section(TrainerConfig)
+
+
+def leaf_keys(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> dataclass field, for every leaf below `cls`."""
+    found: dict[str, Any] = {}
+    for f in fields(cls):
+        path = prefix + f.name
+        if isinstance(f.type, type) and is_dataclass(f.type):
+            found.update(leaf_keys(f.type, path + "."))
+        else:
+            found[path] = f
+    return found
