@@ -1,4 +1,4 @@
-"""Package metadata. The README's two commands install the pinned versions of requirements.lock instead of these ranges."""
+"""Package metadata. The README's two commands install the pinned versions in requirements/ instead of these ranges."""
 
 from pathlib import Path
 

@@ -73,7 +73,7 @@ class DataProto:
         raise KeyError(f"no field {name!r}; there are {', '.join(self.columns())}")
 
     def columns(self) -> dict[str, Column]:
-        return {**{name: self.batch[name] for name in self.batch.keys()}, **self.non_tensor_batch}
+        return {**{str(name): self.batch[name] for name in self.batch.keys()}, **self.non_tensor_batch}
 
     # ------------------------------------------------------------------------------------------------- columns
     def union(self, other: "DataProto") -> "DataProto":

@@ -58,6 +58,9 @@ class OptimConfig:
 @dataclass
 class PolicyLossConfig:
     loss_mode: str = key("vanilla", "Policy loss by its registered name: `vanilla` (token-level PPO clip), `gspo`, ...")
+    cov_fraction: float = key(
+        2e-4, "clip_cov, kl_cov: share of a mini-batch's tokens that is detached, or KL-penalised."
+    )
 
 
 @dataclass
@@ -147,7 +150,11 @@ class RiskConfig:
         None, "Weights of [0, alpha], [alpha, beta], [beta, 1]; null: MVaR's (1 + omega, 1, 0)."
     )
     bundling: str = key("random", "Which questions form a bundle: `random`, `same_question` or `difficulty`.")
-    bundle_remainder: str = key("error", "Questions left over by the bundle size: `error`, `drop` or `short`.")
+    bundle_remainder: str | None = key(
+        None,
+        "Questions left over by the bundle size: `error`, `drop` (left out) or `short` (a smaller bundle); null: "
+        "`error`, and `short` under the published estimator.",
+    )
     pairing: str = key("exact", "Which responses meet: `exact` (expectation over all), `permute` or `aligned`.")
     num_pairings: int = key(1, "Independent pairings averaged by `permute`.")
     baseline: str = key("leave_one_out", "Subtracted from the credit: `leave_one_out` or `none`.")
@@ -169,14 +176,40 @@ class KLCtrlConfig:
 class AlgorithmConfig:
     adv_estimator: str = key("riskpo", "Advantage estimator by its registered name.")
     gamma: float = key(1.0, "Discount per token.")
+    lam: float = key(1.0, "gae: lambda.")
+    baseline_quantile: float = key(0.4, "qae: level of the group quantile that is the baseline.")
+    utility_beta: float = key(2.0, "rs_grpo: exponent of the exponential utility; above 0 seeks risk, below avoids it.")
+    pass_k: int = key(4, "passk_training: the k of pass@k.")
     norm_adv_by_std_in_grpo: bool = key(True, "GRPO: divide by the group's standard deviation.")
     use_kl_in_reward: bool = key(False, "Subtract the KL divergence from the reference policy from the rewards.")
     kl_penalty: str = key("kl", "Its estimator: `kl`, `abs`, `mse` or `low_var_kl`.")
     kl_ctrl: KLCtrlConfig = section(KLCtrlConfig)
     bundle_size: int = key(5, "Questions per bundle.")
-    lr_q: float = key(0.1, "Step size of the quantile tracker, relative to the range of bundle scores.")
+    lr_q: float = key(
+        0.1,
+        "Step size of the quantile tracker, relative to the range of bundle scores (published estimator: absolute).",
+    )
     lr_q_power: float = key(0.0, "The k-th step is divided by (1 + k) to this power: 0, or in (0.5, 1].")
     risk: RiskConfig = section(RiskConfig)
+    # Keys of the published estimator, grpo_bundle_RVaR_quantile_tracking; `risk` above is riskpo's.
+    quantile_down: float = key(0.1, "Published: lower quantile level.")
+    quantile_up: float = key(0.9, "Published: upper quantile level.")
+    quantile_tracking: bool = key(True, "Published: track quantiles from step to step.")
+    use_q_track_mode: str = key(
+        "mix", "Published: quantiles used, `track`, `batch` (the bundle's) or `mix` (their mean)."
+    )
+    credit_assign_mode: str = key(
+        "uniform", "Published: shares of a response, `uniform`, `score`, `std` or `sum-mean`."
+    )
+    use_mixing_risk_measure: bool = key(False, "Published: add the lower tail to the range value at risk.")
+    w_mix: float = key(
+        1.5, "Published: weight of that lower tail; (1 + omega) * alpha / (beta - alpha) is the paper's."
+    )
+    risk_seeking_upper_tail: bool = key(False, "Published: add the upper tail instead (the counter-example).")
+    upper_weight: float = key(1.5, "Published: weight of that upper tail.")
+    use_mean_as_baseline: bool = key(False, "Published: subtract the mean of the tracked score advantages.")
+    natural_baseline_adv: bool = key(True, "Published: shift the score advantage by q_down - q_up.")
+    natural_baseline_base: bool = key(True, "Published: shift that mean by q_down - q_up as well.")
 
 
 # -------------------------------------------------------------------------------------------------------- reward

@@ -1,0 +1,18 @@
+#!/usr/bin/env bash
+# Installs what is needed, then formats, lint, types and tests.
+#
+#   bash scripts/test.sh            everything
+#   bash scripts/test.sh --quick    without the slow tests
+#   bash scripts/test.sh ARG ...    ARGs go to pytest
+set -euo pipefail
+cd "$(dirname "$0")/.."
+bash scripts/install.sh
+arguments=()
+for argument in "$@"; do
+  if [ "$argument" = --quick ]; then arguments+=(-m "not slow"); else arguments+=("$argument"); fi
+done
+export PATH="$PWD/.venv/bin:$PATH"
+ruff format --check --quiet . || { echo "error: run 'ruff format .'" >&2; exit 1; }
+ruff check --quiet .
+mypy
+exec python -m pytest "${arguments[@]}"

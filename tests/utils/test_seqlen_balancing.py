@@ -1,0 +1,30 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from verl.utils.seqlen_balancing import balanced_partition, contiguous_partition, split_by_rows, split_by_tokens
+
+LENGTHS = np.array([5, 30, 7, 7, 12, 3, 28, 9, 9, 14])
+
+
+def test_partitions_hold_each_index_once():
+    for parts in (balanced_partition(LENGTHS, 3), contiguous_partition(len(LENGTHS), 3)):
+        assert sorted(np.concatenate(parts).tolist()) == list(range(10))
+    assert [len(p) for p in contiguous_partition(2, 3)] == [1, 1, 0]
+
+
+def test_balanced_partition_evens_out_costs():
+    sums = [int(LENGTHS[p].sum()) for p in balanced_partition(LENGTHS, 2)]
+    assert sum(sums) == LENGTHS.sum() and abs(sums[0] - sums[1]) <= LENGTHS.min()
+
+
+def test_micro_batches_hold_rows_of_similar_length_within_the_budget():
+    parts = split_by_tokens(LENGTHS, 60)
+    assert sorted(np.concatenate(parts).tolist()) == list(range(10))
+    assert all(len(p) * LENGTHS[p].max() <= 60 for p in parts)
+    bounds = [(LENGTHS[p].max(), LENGTHS[p].min()) for p in parts]
+    assert all(a[1] >= b[0] for a, b in pairwise(bounds))
+    assert [len(p) for p in split_by_rows(LENGTHS, 4)] == [4, 4, 2]
+    with pytest.raises(ValueError, match="30 tokens exceeds the micro-batch budget of 29"):
+        split_by_tokens(LENGTHS, 29)

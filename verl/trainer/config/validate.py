@@ -1,0 +1,158 @@
+"""Checks between keys, made before anything is loaded or started. Each is one line that says what to change."""
+
+from verl.trainer.config.compose import ConfigError
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.core_algos import get_adv_estimator, get_policy_loss
+from verl.trainer.ppo.kl import KL_KINDS, get_kl_controller
+from verl.trainer.ppo.policy_losses import LOSS_AGG_MODES
+from verl.utils.tracking import check_loggers
+
+CHOICES = {
+    "data.truncation": ("error", "left", "right"),
+    "actor_rollout_ref.actor.strategy": ("fsdp2",),
+    "actor_rollout_ref.actor.loss_agg_mode": LOSS_AGG_MODES,
+    "actor_rollout_ref.actor.kl_loss_type": KL_KINDS,
+    "actor_rollout_ref.actor.optim.lr_scheduler_type": ("constant", "linear", "cosine"),
+    "actor_rollout_ref.rollout.name": ("hf",),
+    "algorithm.kl_penalty": KL_KINDS,
+    "trainer.worker_group": ("ray", "local"),
+    "trainer.device": ("auto", "cpu", "cuda"),
+    "trainer.resume_mode": ("auto", "disable"),
+}
+POSITIVE = (
+    "data.train_batch_size",
+    "data.max_prompt_length",
+    "data.max_response_length",
+    "actor_rollout_ref.actor.ppo_mini_batch_size",
+    "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
+    "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.actor.ppo_epochs",
+    "actor_rollout_ref.actor.grad_clip",
+    "actor_rollout_ref.actor.optim.lr",
+    "actor_rollout_ref.rollout.n",
+    "actor_rollout_ref.rollout.temperature",
+    "actor_rollout_ref.rollout.max_num_seqs",
+    "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
+    "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
+    "actor_rollout_ref.rollout.val_kwargs.n",
+    "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
+    "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
+    "trainer.nnodes",
+    "trainer.n_gpus_per_node",
+    "trainer.start_timeout_s",
+    "trainer.total_epochs",
+    "trainer.total_training_steps",
+)
+
+
+def value_of(config: PPOConfig, key: str) -> object:
+    value: object = config
+    for name in key.split("."):
+        value = getattr(value, name)
+    return value
+
+
+def validate(config: PPOConfig) -> None:
+    """Raise ConfigError for the first thing that cannot work."""
+    for key, choices in CHOICES.items():
+        if value_of(config, key) not in choices:
+            raise ConfigError(f"{key}={value_of(config, key)}: use one of {', '.join(choices)}")
+    for key in POSITIVE:
+        value = value_of(config, key)
+        if value is not None and not value > 0:  # type: ignore[operator]
+            raise ConfigError(f"{key}={value} must be greater than 0")
+    try:
+        check_loggers(config.trainer.logger)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    _check_sampling(config)
+    _check_batches(config)
+    _check_token_budgets(config)
+    _check_algorithm(config)
+    if config.trainer.worker_group == "local" and config.trainer.nnodes * config.trainer.n_gpus_per_node != 1:
+        raise ConfigError("trainer.worker_group=local has one worker: add trainer.n_gpus_per_node=1 trainer.nnodes=1")
+
+
+def _check_sampling(config: PPOConfig) -> None:
+    rollout = config.actor_rollout_ref.rollout
+    for key, sampling in (("", rollout), ("val_kwargs.", rollout.val_kwargs)):
+        if not 0 < sampling.top_p <= 1:
+            raise ConfigError(f"actor_rollout_ref.rollout.{key}top_p={sampling.top_p} must be in (0, 1]")
+        if sampling.top_k != -1 and sampling.top_k < 1:
+            raise ConfigError(f"actor_rollout_ref.rollout.{key}top_k={sampling.top_k}: use -1 (all) or at least 1")
+    if rollout.val_kwargs.n > 1 and (not rollout.val_kwargs.do_sample or rollout.val_kwargs.temperature == 0):
+        raise ConfigError(
+            f"actor_rollout_ref.rollout.val_kwargs.n={rollout.val_kwargs.n} greedy responses are all the same: "
+            "add actor_rollout_ref.rollout.val_kwargs.do_sample=True and a temperature above 0, or set n=1"
+        )
+
+
+def _check_batches(config: PPOConfig) -> None:
+    questions = config.data.train_batch_size
+    mini = config.actor_rollout_ref.actor.ppo_mini_batch_size
+    if questions % mini:
+        near = _nearest([d for d in range(1, questions + 1) if questions % d == 0], mini)
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ppo_mini_batch_size={mini} does not divide data.train_batch_size={questions}: "
+            f"use {near}"
+        )
+    rows, workers = mini * config.actor_rollout_ref.rollout.n, config.trainer.nnodes * config.trainer.n_gpus_per_node
+    if rows < workers:
+        raise ConfigError(
+            f"a mini-batch has {rows} rows (actor_rollout_ref.actor.ppo_mini_batch_size x rollout.n) for {workers} "
+            "training workers: raise ppo_mini_batch_size, or lower trainer.n_gpus_per_node"
+        )
+
+
+def _nearest(candidates: list[int], value: int) -> str:
+    below = [c for c in candidates if c < value][-1:]
+    above = [c for c in candidates if c > value][:1]
+    return " or ".join(map(str, below + above))
+
+
+def _check_token_budgets(config: PPOConfig) -> None:
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    model = config.actor_rollout_ref
+    for key, fixed, dynamic, budget in (
+        (
+            "actor.ppo_max_token_len_per_gpu",
+            model.actor.ppo_micro_batch_size_per_gpu,
+            model.actor.use_dynamic_bsz,
+            model.actor.ppo_max_token_len_per_gpu,
+        ),
+        (
+            "rollout.log_prob_max_token_len_per_gpu",
+            model.rollout.log_prob_micro_batch_size_per_gpu,
+            model.rollout.log_prob_use_dynamic_bsz,
+            model.rollout.log_prob_max_token_len_per_gpu,
+        ),
+        (
+            "ref.log_prob_max_token_len_per_gpu",
+            model.ref.log_prob_micro_batch_size_per_gpu,
+            model.ref.log_prob_use_dynamic_bsz,
+            model.ref.log_prob_max_token_len_per_gpu,
+        ),
+    ):
+        if (dynamic or fixed is None) and budget < longest:
+            raise ConfigError(
+                f"actor_rollout_ref.{key}={budget} is less than one sequence of {longest} tokens "
+                "(data.max_prompt_length + data.max_response_length): raise it"
+            )
+
+
+def _check_algorithm(config: PPOConfig) -> None:
+    algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
+    try:
+        estimator = get_adv_estimator(
+            algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
+        )
+        estimator.check_num_questions(config.data.train_batch_size)
+        get_policy_loss(actor.policy_loss.loss_mode)
+        get_kl_controller(algorithm.kl_ctrl)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if actor.clip_ratio_c <= 1:
+        raise ConfigError(f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c} must be greater than 1")
+    for name in ("clip_ratio_low", "clip_ratio_high"):
+        if not getattr(actor, name) >= 0:
+            raise ConfigError(f"actor_rollout_ref.actor.{name}={getattr(actor, name)} must not be negative")

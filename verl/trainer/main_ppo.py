@@ -1,0 +1,61 @@
+"""`python -m verl.trainer.main_ppo [--config-name=PRESET] [--config-dir=DIR] key=value ...`: train with PPO."""
+
+import sys
+
+from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.cli import run_cli
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.config.validate import validate
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer, needs_reference, total_training_steps
+from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward
+from verl.trainer.ppo.validation import Validator
+from verl.trainer.workers import start_workers
+from verl.utils.dataset.loader import StatefulLoader
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.tokenizer import load_tokenizer
+from verl.utils.tracking import Tracking
+from verl.workers.actor_rollout_ref import ActorRolloutRefWorker
+
+
+def build(config: PPOConfig) -> RayPPOTrainer:
+    """Everything up to the first step, cheap checks first. Raises ValueError for what the user can mend."""
+    validate(config)
+    tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
+    train = RLHFDataset(config.data.train_files, tokenizer, config.data, "data.train_files")
+    val = RLHFDataset(config.data.val_files, tokenizer, config.data, "data.val_files")
+    loader = StatefulLoader(train, config.data.train_batch_size, config.data.seed, config.data.shuffle)
+    reward_function = load_reward(config)
+    check_reward(reward_function, [train, val])
+    reward = RewardManager(reward_function)
+    actor = start_actor(config, total_training_steps(config, len(loader)))
+    tracking = Tracking.from_config(config)
+    validator = Validator(config, actor, val, reward, tokenizer, tracking)
+    return RayPPOTrainer(config, actor, loader, reward, validator, tokenizer, tracking)
+
+
+def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:
+    """The workers that hold the policy, and the reference policy where a KL term needs it."""
+    trainer, actor = config.trainer, config.actor_rollout_ref.actor
+    optimizer_steps = training_steps * actor.ppo_epochs * (config.data.train_batch_size // actor.ppo_mini_batch_size)
+    return start_workers(
+        ActorRolloutRefWorker,
+        (config.actor_rollout_ref, optimizer_steps, needs_reference(config)),
+        kind=trainer.worker_group,
+        nnodes=trainer.nnodes,
+        n_workers_per_node=trainer.n_gpus_per_node,
+        device=trainer.device,
+        start_timeout_s=trainer.start_timeout_s,
+    )
+
+
+def run(trainer: RayPPOTrainer) -> None:
+    """Train; workers and trackers are closed whatever happens."""
+    try:
+        trainer.fit()
+    finally:
+        trainer.tracking.finish()
+        trainer.actor.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(build, run, PPOConfig, "ppo_trainer"))

@@ -1,0 +1,42 @@
+"""Responses for a batch of questions: ids and keys of the rows, the call to the rollout engines, and the texts."""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl.protocol import DataProto
+from verl.single_controller.worker_group import WorkerGroup
+from verl.utils.random import row_keys
+from verl.utils.seqlen_balancing import contiguous_partition
+from verl.workers.rollout.base import SamplingParams
+
+
+def expand(questions: DataProto, n: int, seed: int, step: int) -> DataProto:
+    """Each of Q questions (with a `uid`) `n` times, with `sample_index` (N,) and `row_key` (N,) int64 of its draws.
+
+    A question's rows are neighbours.
+    """
+    batch = questions.repeat(n)
+    sample_index = np.tile(np.arange(n), len(questions))
+    keys = row_keys(seed, step, batch["uid"].tolist(), sample_index.tolist())
+    batch = batch.with_columns(sample_index=sample_index, row_key=torch.from_numpy(keys))
+    batch.meta_info |= {"step": step, "seed": seed}
+    return batch
+
+
+def generate(actor: WorkerGroup, batch: DataProto, params: SamplingParams, n: int) -> DataProto:
+    """`batch` with responses, response_mask and rollout_log_probs (N, T); a question's `n` rows go to one worker, where
+    they share the prompt."""
+    inputs = batch.select(["prompts", "prompt_length", "uid", "row_key"])
+    inputs.meta_info = {"sampling": params}
+    row_of = np.arange(len(batch)).reshape(-1, n)
+    questions = contiguous_partition(len(row_of), actor.world_size)
+    output = actor.generate_sequences(inputs, rows=[row_of[part].ravel() for part in questions])
+    return batch.with_columns(**output.columns())
+
+
+def decode_responses(tokenizer: Any, batch: DataProto) -> list[str]:
+    """The text of each response, special tokens left out."""
+    rows = [ids[mask].tolist() for ids, mask in zip(batch["responses"], batch["response_mask"], strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -1,0 +1,236 @@
+"""The PPO trainer: `RayPPOTrainer.fit` is the whole training loop, `RayPPOTrainer.train_step` the whole step.
+
+The driver holds ids, tokens, rewards and advantages; models live in the workers.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from verl.protocol import DataProto, object_array
+from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.core_algos import get_adv_estimator
+from verl.trainer.ppo.generation import decode_responses, expand, generate
+from verl.trainer.ppo.kl import apply_kl_penalty, get_kl_controller
+from verl.trainer.ppo.metrics import compute_data_metrics, compute_timing_metrics
+from verl.trainer.ppo.reward import RewardManager
+from verl.trainer.ppo.update_plan import UpdatePlan
+from verl.trainer.ppo.validation import Validator
+from verl.utils.checkpoint import CheckpointFolder
+from verl.utils.dataset.loader import StatefulLoader
+from verl.utils.timer import Timer
+from verl.utils.torch_functional import masked_mean
+from verl.utils.tracking import Tracking
+from verl.workers.rollout.base import SamplingParams
+
+# The columns from which a model computes log-probabilities.
+TOKENS = ["prompts", "prompt_length", "responses", "response_mask"]
+
+
+class RayPPOTrainer:
+    """Trains the policy of `actor` on the questions of `loader`.
+
+    Args:
+        config: the checked configuration.
+        actor: worker group of ActorRolloutRefWorker, its model not yet loaded.
+        loader: batches of questions, resumable.
+        reward: scores responses.
+        validator: measures the policy on the validation questions.
+        tokenizer: decodes responses.
+        tracking: where metrics and samples go.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        actor: WorkerGroup,
+        loader: StatefulLoader,
+        reward: RewardManager,
+        validator: Validator,
+        tokenizer: Any,
+        tracking: Tracking,
+    ) -> None:
+        self.config = config
+        self.actor = actor
+        self.loader = loader
+        self.reward = reward
+        self.validator = validator
+        self.tokenizer = tokenizer
+        self.tracking = tracking
+        algorithm = config.algorithm
+        self.estimator = get_adv_estimator(
+            algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
+        )
+        self.kl_controller = get_kl_controller(algorithm.kl_ctrl)
+        self.with_reference = needs_reference(config)
+        self.checkpoints = CheckpointFolder(Path(config.trainer.default_local_dir) / "checkpoints")
+        self.total_steps = total_training_steps(config, len(loader))
+        self.step = 0
+
+    # ------------------------------------------------------------------------------------------------- the loop
+    def fit(self) -> None:
+        """Train from the newest checkpoint, or from the start, to the last step."""
+        trainer = self.config.trainer
+        self.actor.init_model()
+        self._resume()
+        self.actor.update_weights()
+        self.tracking.start(self.step, self.total_steps)
+        if self.step == 0 and trainer.val_before_train:
+            self.tracking.log(self.validator(step=0), step=0)
+        while self.step < self.total_steps:
+            self.step += 1
+            timer = Timer()
+            with timer("step"):
+                batch, metrics = self.train_step(next(self.loader), timer)
+                last = self.step == self.total_steps
+                if last or (trainer.test_freq > 0 and self.step % trainer.test_freq == 0):
+                    with timer("testing"):
+                        metrics |= self.validator(self.step)
+                save = trainer.save_freq > 0 and (last or self.step % trainer.save_freq == 0)
+                if save:
+                    with timer("save_checkpoint"):
+                        self._write_checkpoint()
+            metrics |= compute_timing_metrics(timer.seconds, metrics["perf/total_num_tokens"], self.actor.world_size)
+            self.tracking.log(metrics, self.step)
+            self.tracking.log_samples(self.step, sample_rows(batch), "train")
+            if save:
+                # Only now does the checkpoint count: what a run resumed from it has logged is what it has done.
+                self.checkpoints.commit(self.step)
+
+    def train_step(self, questions: DataProto, timer: Timer) -> tuple[DataProto, dict[str, float]]:
+        """One step on Q questions: sample, score, advantages, update. Returns the N = Q * n rows and the metrics."""
+        batch = self._expand(questions)
+        with timer("gen"):
+            batch = self._generate(batch)
+        with timer("reward"):
+            batch, metrics = self._score(batch)
+        plan = UpdatePlan.make(batch, self.config, self.actor.world_size)
+        batch = batch.with_columns(mini_batch=plan.mini_batch)
+        batch.meta_info["n_mini_batches"] = plan.n_mini_batches
+        with timer("old_log_prob"):
+            batch = batch.union(self.actor.compute_log_prob(batch.select(TOKENS), rows=plan.rows))
+        if self.with_reference:
+            with timer("ref"):
+                batch = batch.union(self.actor.compute_ref_log_prob(batch.select(TOKENS), rows=plan.rows))
+        with timer("adv"):
+            batch = self._token_rewards(batch, metrics)
+            output = self.estimator(batch)
+            batch = batch.with_columns(advantages=output.advantages, returns=output.returns)
+        with timer("update_actor"):
+            inputs = [*TOKENS, "old_log_probs", "advantages", "mini_batch"]
+            inputs += ["ref_log_prob"] if self.with_reference else []
+            actor_metrics = self.actor.update_actor(batch.select(inputs), rows=plan.rows)[0]
+        with timer("update_weights"):
+            self.actor.update_weights()
+        metrics |= (
+            compute_data_metrics(batch, self.config.data.max_prompt_length)
+            | output.metrics
+            | actor_metrics
+            | policy_metrics(batch)
+        )
+        metrics |= {"training/global_step": self.step, "training/epoch": self.loader.epoch}
+        return batch, metrics
+
+    # -- stages of a step
+    def _expand(self, questions: DataProto) -> DataProto:
+        """Name the questions and bundles, then give each question its n rows, next to each other."""
+        rollout, seed = self.config.actor_rollout_ref.rollout, self.config.trainer.seed
+        uid = object_array([f"{self.step}-{i}" for i in range(len(questions))])
+        questions = questions.with_columns(uid=uid)
+        if self.estimator.needs_bundles:
+            bundle_uid = self.estimator.assign_bundles(uid, questions["question_id"], self.step)
+            questions = questions.with_columns(bundle_uid=bundle_uid)
+            questions = questions.select_rows(bundle_uid != "")  # those left over, under bundle_remainder=drop
+        return expand(questions, rollout.n, seed, self.step)
+
+    def _generate(self, batch: DataProto) -> DataProto:
+        rollout = self.config.actor_rollout_ref.rollout
+        params = SamplingParams(self.config.data.max_response_length, rollout.temperature, rollout.top_p, rollout.top_k)
+        return generate(self.actor, batch, params, rollout.n)
+
+    def _score(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
+        texts = decode_responses(self.tokenizer, batch)
+        scores, extras, metrics = self.reward(batch, texts)
+        return batch.with_columns(token_level_scores=scores, response_text=object_array(texts), **extras), metrics
+
+    def _token_rewards(self, batch: DataProto, metrics: dict[str, float]) -> DataProto:
+        """Token rewards: the scores, less the KL penalty if it is in the reward."""
+        algorithm = self.config.algorithm
+        rewards = batch["token_level_scores"]
+        if algorithm.use_kl_in_reward:
+            coef = self.kl_controller.value
+            rewards, mean_kl = apply_kl_penalty(
+                rewards,
+                batch["old_log_probs"],
+                batch["ref_log_prob"],
+                batch["response_mask"],
+                coef,
+                algorithm.kl_penalty,
+            )
+            metrics |= {"actor/reward_kl_penalty": mean_kl, "actor/reward_kl_penalty_coeff": coef}
+            self.kl_controller.update(mean_kl, len(batch))
+        return batch.with_columns(token_level_rewards=rewards)
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+    def _write_checkpoint(self) -> None:
+        folder = self.checkpoints.begin(self.step)
+        self.actor.save_checkpoint(str(folder))
+        state = {
+            "step": self.step,
+            "loader": self.loader.state_dict(),
+            "estimator": self.estimator.state_dict(),
+            "kl_controller": self.kl_controller.state_dict(),
+        }
+        torch.save(state, folder / "trainer.pt")
+
+    def _resume(self) -> None:
+        if self.config.trainer.resume_mode == "disable":
+            return
+        folder = self.checkpoints.newest()
+        if folder is None:
+            return
+        print(f"resuming from {folder}")
+        state = torch.load(folder / "trainer.pt", weights_only=False)
+        self.step = state["step"]
+        self.loader.load_state_dict(state["loader"])
+        self.estimator.load_state_dict(state["estimator"])
+        self.kl_controller.load_state_dict(state["kl_controller"])
+        self.actor.load_checkpoint(str(folder))
+
+
+def total_training_steps(config: PPOConfig, steps_per_epoch: int) -> int:
+    """`trainer.total_training_steps`, or the steps of `trainer.total_epochs`."""
+    steps = config.trainer.total_training_steps
+    return steps if steps is not None else config.trainer.total_epochs * steps_per_epoch
+
+
+def needs_reference(config: PPOConfig) -> bool:
+    """Whether a KL term, in the reward or in the loss, needs the reference policy."""
+    return config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss
+
+
+def policy_metrics(batch: DataProto) -> dict[str, float]:
+    """Entropy of the policy, and how far the engine's probabilities are from the trainer's (0 when they agree)."""
+    mask = batch["response_mask"]
+    diff = (batch["old_log_probs"].exp() - batch["rollout_log_probs"].exp()).abs()[mask]
+    return {
+        "actor/entropy": float(masked_mean(batch["entropy"], mask)),
+        "training/rollout_probs_diff_mean": float(diff.mean()),
+        "training/rollout_probs_diff_max": float(diff.max()),
+        "training/rollout_probs_diff_std": float(diff.std(unbiased=False)),
+    }
+
+
+def sample_rows(batch: DataProto) -> list[dict[str, Any]]:
+    """What `samples/` keeps of a training batch, a dict per row."""
+    bundles = batch["bundle_uid"] if "bundle_uid" in batch else [None] * len(batch)
+    rewards = batch["token_level_scores"].sum(1).tolist()
+    advantages = batch["advantages"][:, 0].tolist()
+    return [
+        {"prompt": prompt, "response": response, "reward": reward, "bundle": bundle, "advantage": advantage}
+        for prompt, response, reward, bundle, advantage in zip(
+            batch["prompt_text"], batch["response_text"], rewards, bundles, advantages, strict=True
+        )
+    ]

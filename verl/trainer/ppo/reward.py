@@ -1,0 +1,266 @@
+"""From responses to scores: which function scores, the dry run before training, and a batch of scores."""
+
+import asyncio
+import functools
+import importlib.util
+import inspect
+import logging
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl.protocol import DataProto, object_array
+from verl.trainer.config.schema import PPOConfig
+from verl.utils import reward_score
+from verl.utils.dataset.rl_dataset import RLHFDataset
+
+logger = logging.getLogger(__name__)
+
+SIGNATURE = "compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs)"
+MAX_MESSAGES = 50  # distinct messages logged per run
+
+
+@dataclass(frozen=True)
+class RewardRequest:
+    """One response to score."""
+
+    data_source: str
+    solution_str: str
+    ground_truth: Any
+    extra_info: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RewardFunction:
+    """A scoring function by name, so that it can be sent to another process and loaded there.
+
+    `path` is the Python file it is in, None for the scorers of `verl.utils.reward_score`.
+    """
+
+    path: str | None
+    name: str
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"reward function {self.name} of {self.path or reward_score.__file__}"
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        return reward_score.compute_score if self.path is None else _load_function(self.path, self.name)
+
+    def call(self, request: RewardRequest) -> Any:
+        """What the function returns (of an async function: the coroutine), or the exception that it raised."""
+        try:
+            return self.function(
+                data_source=request.data_source,
+                solution_str=request.solution_str,
+                ground_truth=request.ground_truth,
+                extra_info=request.extra_info,
+                **self.kwargs,
+            )
+        except Exception as error:  # a user's function may raise anything; the caller counts and logs it
+            return error
+
+    def evaluate(self, requests: Sequence[RewardRequest]) -> list[Any]:
+        """Per request what the function returned or the exception it raised; async calls run concurrently."""
+        results = [self.call(request) for request in requests]
+        waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
+        if waiting:
+            # A thread of its own: this one may run an event loop already, as in a notebook.
+            with ThreadPoolExecutor(1) as thread:
+                awaited = thread.submit(asyncio.run, _gather([results[i] for i in waiting])).result()
+            for i, result in zip(waiting, awaited, strict=True):
+                results[i] = result
+        return results
+
+
+async def _gather(calls: list[Awaitable[Any]]) -> list[Any]:
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+@functools.cache
+def _load_function(path: str, name: str) -> Callable[..., Any]:
+    file = Path(path)
+    if not file.is_file():
+        raise ValueError(f"custom_reward_function.path: there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"custom_reward_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"custom_reward_function.path is {path}: give a Python file (.py)")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up there
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # importing a user's file may raise anything
+        raise ValueError(f"custom_reward_function.path: importing {path} raised {describe(error)}") from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == spec.name]
+        raise ValueError(
+            f"custom_reward_function.name: {path} has no function {name!r}; it has {', '.join(own) or 'none'}"
+        )
+    return function
+
+
+def load_reward(config: PPOConfig) -> RewardFunction:
+    """The reward function of a configuration: `custom_reward_function` if it has a path, else by data_source.
+
+    Raises a one-line ValueError if the file or the function does not exist or does not take the arguments.
+    """
+    custom = config.custom_reward_function
+    if custom.path is None:
+        if custom.reward_kwargs or custom.name != "compute_score":
+            raise ValueError("custom_reward_function.name and .reward_kwargs need custom_reward_function.path")
+        return RewardFunction(None, "compute_score")
+    reward = RewardFunction(str(Path(custom.path).resolve()), custom.name, dict(custom.reward_kwargs))
+    arguments = {"data_source": "", "solution_str": "", "ground_truth": "", "extra_info": {}} | reward.kwargs
+    try:
+        inspect.signature(reward.function).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"{reward} does not take its arguments ({error}); its form is {SIGNATURE}") from error
+    return reward
+
+
+def check_reward(reward: RewardFunction, datasets: Sequence[RLHFDataset]) -> None:
+    """Score one row of every data source, its ground truth taken as the response, before anything expensive starts.
+
+    Raises a one-line ValueError that names the function, the file and the row: for a data source without a scorer, for
+    a function that raises, and for a result that is no score.
+    """
+    for dataset in datasets:
+        for index in dataset.first_of_each_source():
+            row = dataset[index]
+            request = RewardRequest(
+                row["data_source"], str(row["ground_truth"]), row["ground_truth"], row["extra_info"]
+            )
+            if reward.path is None:
+                try:
+                    reward_score.check_data_source(request.data_source)
+                except ValueError as error:
+                    raise ValueError(f"{dataset.place(index)}: {error}") from error
+            outcome = read_result(reward.evaluate([request])[0])
+            if outcome.failure:
+                raise ValueError(
+                    f"{reward} fails on {dataset.place(index)} (data_source {request.data_source!r}, with its ground "
+                    f"truth as the response): {outcome.message}"
+                )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A result as it was read. `failure` is the metric that counts it, None if there is a score."""
+
+    score: float
+    values: dict[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+    message: str = ""
+
+
+def read_result(result: Any) -> Outcome:
+    """A number, a dict with `score`, or an exception, as an outcome; a failed call scores 0."""
+    if isinstance(result, Exception):
+        return Outcome(0.0, failure="exceptions", message=describe(result))
+    values = dict(result) if isinstance(result, dict) else {"score": result}
+    if "score" not in values:
+        return Outcome(0.0, failure="exceptions", message=f"the dict it returned has no 'score', only {list(values)}")
+    score = as_number(values.pop("score"))
+    if score is None:
+        return Outcome(
+            0.0, failure="exceptions", message=f"it returned {result!r:.80}, not a number or a dict with one"
+        )
+    if not np.isfinite(score):
+        return Outcome(0.0, failure="non_finite", message=f"its score is {score}")
+    return Outcome(score, values)
+
+
+def as_number(value: Any) -> float | None:
+    """The value as a float if it is a number (also of numpy or torch), else None."""
+    if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == 0:
+        value = value.item()
+    return float(value) if isinstance(value, bool | int | float | np.number | np.bool_) else None
+
+
+def describe(error: Exception) -> str:
+    """Type and message of an exception in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+
+
+class RewardManager:
+    """Scores batches in this process; a call that fails scores 0, is counted, and is logged once per message."""
+
+    def __init__(self, reward: RewardFunction):
+        self.reward = reward
+        self._logged: set[str] = set()
+
+    def __call__(
+        self, batch: DataProto, responses: list[str]
+    ) -> tuple[torch.Tensor, dict[str, np.ndarray], dict[str, float]]:
+        """Score N responses, given as text; `batch` holds `data_source`, `ground_truth`, `extra_info` and
+        `response_mask` (N, T).
+
+        Returns
+         - token-level scores (N, T) float32: the score at the last response token, 0 elsewhere;
+         - extras, each (N,): `score` and `acc` (the function's, or else the score; float64), `pred` (the answer read,
+           None if there is none to read; the response itself for a function that reads none), and the function's other
+           fields as `reward_extra/{name}` (None where a row has none);
+         - metrics: `reward/exceptions` and `reward/non_finite` (calls), `reward_extra/{name}/mean` of numeric fields.
+        """
+        requests = [
+            RewardRequest(*row)
+            for row in zip(batch["data_source"], responses, batch["ground_truth"], batch["extra_info"], strict=True)
+        ]
+        outcomes = [read_result(result) for result in self.reward.evaluate(requests)]
+        metrics = {f"reward/{kind}": 0.0 for kind in ("exceptions", "non_finite")}
+        for outcome in outcomes:
+            if outcome.failure:
+                metrics[f"reward/{outcome.failure}"] += 1.0
+                self._log(outcome.message)
+        scores = torch.tensor([outcome.score for outcome in outcomes], dtype=torch.float32)
+        extras, extra_metrics = _extras(outcomes, responses)
+        return at_last_token(scores, batch["response_mask"]), extras, metrics | extra_metrics
+
+    def _log(self, message: str) -> None:
+        if message in self._logged or len(self._logged) > MAX_MESSAGES:
+            return
+        self._logged.add(message)
+        if len(self._logged) > MAX_MESSAGES:
+            logger.warning("%s: further messages are not logged; reward/exceptions still counts them", self.reward)
+        else:
+            logger.warning("%s failed, the response scores 0: %s", self.reward, message)
+
+
+def at_last_token(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:
+    """(N, T) float32: `scores` (N,) at the last token that is in `response_mask` (N, T), 0 elsewhere."""
+    if not bool(response_mask.any(dim=1).all()):
+        row = int((~response_mask.any(dim=1)).nonzero()[0])
+        raise ValueError(f"row {row} has no response token that could carry its score")
+    positions = torch.arange(response_mask.shape[1])
+    last = torch.where(response_mask, positions, -1).max(dim=1).values  # (N,)
+    out = torch.zeros(response_mask.shape, dtype=torch.float32)
+    out[torch.arange(len(scores)), last] = scores
+    return out
+
+
+def _extras(outcomes: list[Outcome], responses: list[str]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    acc = [as_number(outcome.values.get("acc")) for outcome in outcomes]
+    extras: dict[str, np.ndarray] = {
+        "score": np.array([outcome.score for outcome in outcomes]),
+        "acc": np.array([o.score if a is None else a for o, a in zip(outcomes, acc, strict=True)]),
+        "pred": object_array(
+            [None if o.failure else o.values.get("pred", text) for o, text in zip(outcomes, responses, strict=True)]
+        ),
+    }
+    metrics = {}
+    names = {name: None for outcome in outcomes for name in outcome.values if name not in ("acc", "pred")}
+    for name in names:
+        column = [outcome.values.get(name) for outcome in outcomes]
+        extras[f"reward_extra/{name}"] = object_array(column)
+        numbers = [number for value in column if (number := as_number(value)) is not None]
+        if numbers:
+            metrics[f"reward_extra/{name}/mean"] = float(np.mean(numbers))
+    return extras, metrics

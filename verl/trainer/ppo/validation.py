@@ -1,0 +1,67 @@
+"""Measures the policy on the validation questions."""
+
+from typing import Any
+
+from verl.trainer.ppo.validation_metrics import process_validation_metrics
+from verl.utils.tracking import Tracking
+
+from verl.protocol import object_array
+from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.generation import decode_responses, expand, generate
+from verl.trainer.ppo.reward import RewardManager
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.workers.rollout.base import SamplingParams
+
+
+class Validator:
+    """Called with a step: samples `val_kwargs.n` responses to every validation question and scores them.
+
+    Returns the metrics; the samples go to the run's samples/ folder.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        actor: WorkerGroup,
+        dataset: RLHFDataset,
+        reward: RewardManager,
+        tokenizer: Any,
+        tracking: Tracking,
+    ) -> None:
+        self.config = config
+        self.actor = actor
+        self.dataset = dataset
+        self.reward = reward
+        self.tokenizer = tokenizer
+        self.tracking = tracking
+
+    def __call__(self, step: int) -> dict[str, float]:
+        sampling = self.config.actor_rollout_ref.rollout.val_kwargs
+        questions = self.dataset.batch(range(len(self.dataset)))
+        questions = questions.with_columns(uid=object_array([f"val-{i}" for i in range(len(questions))]))
+        batch = expand(questions, sampling.n, self.config.trainer.seed, step)
+        params = SamplingParams(
+            self.config.data.max_response_length,
+            sampling.temperature,
+            sampling.top_p,
+            sampling.top_k,
+            greedy=not sampling.do_sample or sampling.temperature == 0,
+        )
+        batch = generate(self.actor, batch, params, sampling.n)
+        texts = decode_responses(self.tokenizer, batch)
+        _, extras, metrics = self.reward(batch, texts)
+        self.tracking.log_samples(
+            step,
+            [
+                {"prompt": prompt, "response": text, "reward": float(score), "answer": pred}
+                for prompt, text, score, pred in zip(
+                    batch["prompt_text"], texts, extras["score"], extras["pred"], strict=True
+                )
+            ],
+            "val",
+        )
+        measured = process_validation_metrics(
+            batch["data_source"], batch["question_id"], batch["level"], extras["acc"], extras["pred"].tolist()
+        )
+        return measured | {f"val-aux/{name}": value for name, value in metrics.items()}

@@ -1,0 +1,98 @@
+"""Rows of parquet and JSONL files, with errors that name file, row and column. Rows count from 0."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class RowFile:
+    """The rows of one file. `read` is the only way to make one."""
+
+    path: Path
+    rows: Dataset
+
+    @classmethod
+    def read(cls, path: str | Path, key: str, required: Sequence[str]) -> "RowFile":
+        """The rows of `path`, which must have the `required` columns; `key` is the configuration key it came from."""
+        path = Path(path)
+        if not path.is_file():
+            raise ValueError(f"{key}: there is no file {path}; give a parquet or JSONL file")
+        if path.suffix == ".parquet":
+            rows = _read_parquet(path, key)
+        elif path.suffix in (".jsonl", ".json"):
+            rows = _read_jsonl(path, key)
+        else:
+            raise ValueError(f"{key}: {path} ends in {path.suffix!r}; give a .parquet or .jsonl file")
+        if len(rows) == 0:
+            raise ValueError(f"{key}: {path} has no rows")
+        for column in required:
+            if column not in rows.column_names:
+                raise ValueError(f"{key}: {path} has no column {column!r}; it has {', '.join(rows.column_names)}")
+        return cls(path, rows)
+
+    def error(self, row: int, column: str, problem: str) -> ValueError:
+        return ValueError(f"{self.path}, row {row}, column {column!r}: {problem}")
+
+
+def read_files(files: str | Sequence[str], key: str, required: Sequence[str]) -> list[RowFile]:
+    """The files named by a configuration key, which holds one path or a list of paths."""
+    paths = [files] if isinstance(files, str | Path) else list(files)
+    if not paths:
+        raise ValueError(f"{key} is empty: give a parquet or JSONL file, or a list of them")
+    return [RowFile.read(path, key, required) for path in paths]
+
+
+def as_messages(value: Any, file: RowFile, row: int, column: str) -> list[dict[str, str]]:
+    """Chat messages [{role, content}, ...]; a plain string is one message of the user."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}]
+    if not isinstance(value, list) or not value:
+        raise file.error(row, column, f"expected a list of {{role, content}} messages, found {_brief(value)}")
+    for message in value:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise file.error(
+                row, column, f"a message needs a role and a content of text, this one is {_brief(message)}"
+            )
+    return value
+
+
+def _read_parquet(path: Path, key: str) -> Dataset:
+    try:
+        table = pq.read_table(path)
+    except (OSError, ValueError) as error:  # what pyarrow raises for a file that is not parquet
+        raise ValueError(f"{key}: {path} cannot be read as parquet: {_one_line(error)}") from error
+    return Dataset(table)
+
+
+def _read_jsonl(path: Path, key: str) -> Dataset:
+    rows = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{key}: {path}, row {number} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{key}: {path}, row {number} is not a JSON object: {_brief(row)}")
+            rows.append(row)
+    try:
+        return Dataset.from_list(rows)
+    except (ValueError, TypeError) as error:  # pyarrow's, when a column holds values of different types
+        raise ValueError(f"{key}: {path} has a column of mixed types: {_one_line(error)}") from error
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,86 @@
+"""One step's policy update on this worker's rows: mini-batches, losses, gradient, optimizer."""
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+
+from verl.protocol import DataProto
+from verl.trainer.config.schema import ActorConfig
+from verl.trainer.ppo.core_algos import get_policy_loss
+from verl.trainer.ppo.kl import kl_penalty
+from verl.trainer.ppo.policy_losses import LossTotals, token_weights
+from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers.sequences import MicroBatchSpec, dummy_row, micro_batches
+
+
+class PolicyUpdate:
+    """Moves the policy of `engine` by the gradient of the configured loss."""
+
+    def __init__(self, engine: FSDPEngine, config: ActorConfig, temperature: float) -> None:
+        self.engine = engine
+        self.config = config
+        self.temperature = temperature
+        self.policy_loss = get_policy_loss(config.policy_loss.loss_mode)
+        self.spec = MicroBatchSpec.from_config(
+            config.ppo_micro_batch_size_per_gpu, config.use_dynamic_bsz, config.ppo_max_token_len_per_gpu
+        )
+
+    def __call__(self, data: DataProto) -> dict[str, float]:
+        """Run `ppo_epochs` passes over the mini-batches and return the metrics, averaged over optimizer steps.
+
+        `data` holds this worker's rows of every mini-batch: the columns of `Sequences.from_batch`, `old_log_probs`
+        and `advantages` (N, T), `ref_log_prob` (N, T) if the KL loss is on, and `mini_batch` (N,) int64, the number of
+        the row's mini-batch, of which there are meta_info["n_mini_batches"] over all workers.
+        """
+        steps: list[dict[str, float]] = []
+        for _ in range(self.config.ppo_epochs):
+            for number in range(data.meta_info["n_mini_batches"]):
+                rows = (data["mini_batch"] == number).nonzero().squeeze(1)
+                steps.append(self._mini_batch(data.select_rows(rows)))
+        return {
+            name: (sum if name == "actor/skipped_updates" else _mean)(step[name] for step in steps) for name in steps[0]
+        }
+
+    def _mini_batch(self, data: DataProto) -> dict[str, float]:
+        totals = self._totals(data["response_mask"])
+        sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
+        for rows in micro_batches(data, self.spec):
+            # The dummy row of a worker that has run out of rows goes the same way, with an empty mask.
+            micro = data.select_rows(rows) if len(rows) else dummy_row(data)
+            mask = micro["response_mask"] & (len(rows) > 0)
+            self._micro_batch(micro, mask.to(self.engine.device), totals, sums)
+        values = self.engine.sum_over_workers(torch.stack(list(sums.values())))
+        return dict(zip(sums, values.tolist(), strict=True)) | self.engine.step()
+
+    def _micro_batch(
+        self, data: DataProto, mask: torch.Tensor, totals: LossTotals, sums: dict[str, torch.Tensor]
+    ) -> None:
+        config, device = self.config, self.engine.device
+        weights = token_weights(mask, config.loss_agg_mode, totals)
+        log_prob, entropy = self.engine.forward(data, self.temperature)
+        pg_loss, metrics = self.policy_loss(
+            data["old_log_probs"].to(device), log_prob, data["advantages"].to(device), mask, config
+        )
+        loss = pg_loss
+        if config.entropy_coeff != 0:
+            loss = loss - config.entropy_coeff * entropy
+        if config.use_kl_loss:
+            kl = kl_penalty(log_prob, data["ref_log_prob"].to(device), config.kl_loss_type)
+            loss = loss + config.kl_loss_coef * kl
+            metrics = metrics | {"actor/kl_loss": kl}
+        self.engine.backward((loss * weights).sum())
+        sums["actor/pg_loss"] += (pg_loss.detach() * weights).sum().cpu()
+        for name, values in metrics.items():
+            sums[name] += (values.detach() * mask).sum().cpu() / totals.tokens
+
+    def _totals(self, response_mask: torch.Tensor) -> LossTotals:
+        """Tokens and sequences of the whole mini-batch, over all workers."""
+        counts = torch.tensor([response_mask.sum(), response_mask.any(dim=1).sum()], dtype=torch.float64)
+        tokens, sequences = self.engine.sum_over_workers(counts).tolist()
+        return LossTotals(int(tokens), int(sequences), response_mask.shape[1])
+
+
+def _mean(values: Iterable[float]) -> float:
+    numbers = list(values)
+    return sum(numbers) / len(numbers)
