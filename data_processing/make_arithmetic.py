@@ -1,11 +1,12 @@
 """Make the arithmetic ladder: addition of two numbers, one level per number of digits.
 
     prompt    47+85=
-    response  21 31 #132        (7+5=12: digit 2, carry 1; 4+8+1=13: digit 3, carry 1; then the answer)
+    response  75012 48113 #132        (7 + 5 + carry 0 = 12, 4 + 8 + carry 1 = 13; then the answer)
 
 `train.parquet` and `val.parquet` hold questions, no question in both; `sft.parquet` holds demonstrations in which each
-digit's sum is wrong with probability `--slip-rate`, and what follows is worked out from the wrong sum. A model that
-imitates them solves d digits about (1 - slip rate)^d of the time, which leaves RL something to amplify.
+column's sum is wrong with the level's probability of `--slip-rate`, and what follows is worked out from the wrong sum.
+A model that imitates them solves d digits about (1 - slip rate)^d of the time, which leaves RL something to amplify:
+the defaults give a ladder from 0.95 (1 digit) to 0.03 (5 digits), with pass@8 far above on every level but the last.
 """
 
 import argparse
@@ -23,7 +24,7 @@ DATA_SOURCE = "arithmetic"
 MARKER = "#"
 MAX_DIGITS = 9
 FILES = ["train.parquet", "val.parquet", "sft.parquet"]
-FORMAT = 1  # raised when the rows made from equal arguments change, so that older folders are made again
+FORMAT = 2  # raised when the rows made from equal arguments change, so that older folders are made again
 
 
 def pool_size(digits: int) -> int:
@@ -38,16 +39,18 @@ def operands(index: int, digits: int) -> tuple[int, int]:
 
 
 def working(a: int, b: int, digits: int, slip_rate: float, rng: np.random.Generator) -> str:
-    """The response to a+b: "digit carry" pairs from the lowest digit, then the marker and the answer they give."""
-    pairs, answer, carry = [], 0, 0
+    """The response to a+b: column by column from the lowest, its two digits, the carry and their sum in two digits;
+    then the marker and the answer that the columns give."""
+    columns, answer, carry = [], 0, 0
     for position in range(digits):
-        total = a // 10**position % 10 + b // 10**position % 10 + carry
+        x, y = a // 10**position % 10, b // 10**position % 10
+        total = x + y + carry
         if slip_rate and rng.random() < slip_rate:
             total = int((total + rng.integers(1, 20)) % 20)  # any other sum of two digits and a carry
+        columns.append(f"{x}{y}{carry}{total:02d}")
         carry = total // 10
         answer += total % 10 * 10**position
-        pairs.append(f"{total % 10}{carry}")
-    return " ".join(pairs) + f" {MARKER}{answer + carry * 10**digits}"
+    return " ".join(columns) + f" {MARKER}{answer + carry * 10**digits}"
 
 
 def question_row(a: int, b: int, digits: int, split: str, index: int) -> dict[str, Any]:
@@ -81,20 +84,20 @@ def draw(digits: int, n_train: int, n_val: int, n_sft: int, rng: np.random.Gener
 
 
 def make_rows(
-    seed: int, levels: list[int], train_size: int, val_size: int, sft_size: int, slip_rate: float
+    seed: int, levels: list[int], train_size: int, val_size: int, sft_size: int, slip_rate: list[float]
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows of every split, in an order that mixes the levels."""
     rng = np.random.default_rng(seed)
     rows: dict[str, list[dict[str, Any]]] = {"train": [], "val": [], "sft": []}
     n_train, n_val, n_sft = (shares(size, levels) for size in (train_size, val_size, sft_size))
-    for digits in levels:
+    for digits, slips in zip(levels, slip_rate, strict=True):
         drawn = draw(digits, n_train[digits], n_val[digits], n_sft[digits], rng)
         for split, indices in drawn.items():
             for index in indices.tolist():
                 a, b = operands(index, digits)
                 row = question_row(a, b, digits, split, index)
                 if split == "sft":
-                    row["response"] = working(a, b, digits, slip_rate, rng)
+                    row["response"] = working(a, b, digits, slips, rng)
                 rows[split].append(row)
     return {split: [table[i] for i in rng.permutation(len(table))] for split, table in rows.items()}
 
@@ -107,8 +110,8 @@ def check(arguments: argparse.Namespace) -> None:
         if getattr(arguments, name) < len(levels):
             option = "--" + name.replace("_", "-")
             raise ValueError(f"{option} is {getattr(arguments, name)}: give at least one row per level ({len(levels)})")
-    if not 0 <= arguments.slip_rate < 1:
-        raise ValueError(f"--slip-rate is {arguments.slip_rate}: give a probability below 1")
+    if len(arguments.slip_rate) != len(levels) or not all(0 <= rate < 1 for rate in arguments.slip_rate):
+        raise ValueError(f"--slip-rate is {arguments.slip_rate}: give a probability below 1 for each of {levels}")
     if arguments.seed < 0:
         raise ValueError(f"--seed is {arguments.seed}: give a number from 0 up")
 
@@ -125,11 +128,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make the arithmetic ladder.")
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of digits")
+    parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="numbers of digits")
     parser.add_argument("--train-size", type=int, default=4000)
-    parser.add_argument("--val-size", type=int, default=200)
+    parser.add_argument("--val-size", type=int, default=250)
     parser.add_argument("--sft-size", type=int, default=20000)
-    parser.add_argument("--slip-rate", type=float, default=0.08, help="chance that a demonstrated digit sum is wrong")
+    parser.add_argument(
+        "--slip-rate",
+        type=float,
+        nargs="+",
+        default=[0.05, 0.15, 0.25, 0.35, 0.5],
+        help="chance that a demonstrated column sum is wrong, for each level",
+    )
     return parser.parse_args(argv)
 
 

@@ -35,6 +35,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arithmetic_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small arithmetic ladder: train.parquet, val.parquet, sft.parquet."""
     folder = tmp_path_factory.mktemp("arithmetic")
+    slips = ["--slip-rate", "0.05", "0.15", "0.25"]
     sizes = ["--train-size", "60", "--val-size", "12", "--sft-size", "200"]
-    make_arithmetic.main(["--output-dir", str(folder), "--levels", "1", "2", "3", *sizes])
+    make_arithmetic.main(["--output-dir", str(folder), "--levels", "1", "2", "3", *slips, *sizes])
     return folder

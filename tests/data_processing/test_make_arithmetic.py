@@ -8,10 +8,11 @@ from data_processing import make_arithmetic
 from verl.utils.reward_score import compute_score
 
 SIZES = ["--train-size", "60", "--val-size", "12", "--sft-size", "400", "--levels", "1", "2", "3"]
+SLIPS = ["--slip-rate", "0.1", "0.1", "0.1"]
 
 
 def make(folder, *options):
-    make_arithmetic.main(["--output-dir", str(folder), *SIZES, *options])
+    make_arithmetic.main(["--output-dir", str(folder), *SIZES, *SLIPS, *options])
     return {split: pq.read_table(folder / f"{split}.parquet").to_pylist() for split in ("train", "val", "sft")}
 
 
@@ -57,12 +58,12 @@ def test_small_level_keeps_half_of_its_questions_for_training():
 
 def test_working_without_slips_is_column_addition():
     rng = np.random.default_rng(0)
-    assert make_arithmetic.working(47, 85, 2, 0.0, rng) == "21 31 #132"
-    assert make_arithmetic.working(5, 3, 1, 0.0, rng) == "80 #8"
+    assert make_arithmetic.working(47, 85, 2, 0.0, rng) == "75012 48113 #132"
+    assert make_arithmetic.working(5, 3, 1, 0.0, rng) == "53008 #8"
     for _ in range(200):
         a, b = (int(x) for x in rng.integers(100, 1000, size=2))
         assert make_arithmetic.working(a, b, 3, 0.0, rng).split("#") == [
-            " ".join(f"{d}{c}" for d, c in columns(a, b, 3)) + " ",
+            " ".join(columns(a, b, 3)) + " ",
             str(a + b),
         ]
 
@@ -71,31 +72,31 @@ def columns(a, b, digits):
     """Column addition written with strings, digit by digit."""
     carry, out = 0, []
     for x, y in zip(reversed(str(a).zfill(digits)), reversed(str(b).zfill(digits)), strict=True):
-        total = int(x) + int(y) + carry
-        carry = total // 10
-        out.append((total % 10, carry))
+        total = str(int(x) + int(y) + carry).zfill(2)
+        out.append(x + y + str(carry) + total)
+        carry = int(total[0])
     return out
 
 
 def test_slips_have_the_stated_rate_and_carry_on_into_the_answer(tmp_path):
-    rows = make(tmp_path, "--slip-rate", "0.2", "--sft-size", "3000")["sft"]
+    rows = make(tmp_path, "--slip-rate", "0.2", "0.2", "0.2", "--sft-size", "3000")["sft"]
     slips = digits = 0
     for row in rows:
         a, b = question(row).removesuffix("=").split("+")
         written, answer = row["response"].split(" #")
         carry, read_off = 0, 0
-        for position, (x, y, pair) in enumerate(zip(a[::-1], b[::-1], written.split(), strict=True)):
-            total = int(pair[0]) + 10 * int(pair[1])
-            slips += total != int(x) + int(y) + carry
+        for position, (x, y, column) in enumerate(zip(a[::-1], b[::-1], written.split(), strict=True)):
+            assert column[:3] == f"{x}{y}{carry}"
+            slips += int(column[3:]) != int(x) + int(y) + carry
             digits += 1
-            carry = int(pair[1])
-            read_off += int(pair[0]) * 10**position
+            carry = int(column[3])
+            read_off += int(column[4]) * 10**position
         assert int(answer) == read_off + carry * 10 ** len(a)
     assert abs(slips / digits - 0.2) < 4 * np.sqrt(0.2 * 0.8 / digits)
 
 
 def test_demonstrations_without_slips_score_one(tmp_path):
-    for row in make(tmp_path, "--slip-rate", "0")["sft"]:
+    for row in make(tmp_path, "--slip-rate", "0", "0", "0")["sft"]:
         assert compute_score("arithmetic", row["response"], row["reward_model"]["ground_truth"])["score"] == 1.0
 
 
@@ -124,7 +125,8 @@ def test_other_arguments_or_a_damaged_file_are_made_again(tmp_path):
         (["--levels", "1", "1"], "--levels"),
         (["--levels", "12"], "--levels"),
         (["--train-size", "2"], "--train-size"),
-        (["--slip-rate", "1.5"], "--slip-rate"),
+        (["--slip-rate", "1.5", "0", "0"], "--slip-rate"),
+        (["--slip-rate", "0.1"], "--slip-rate"),
         (["--seed", "-1"], "--seed"),
     ],
 )

@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from counting_worker import CountingWorker
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.single_controller.counting_worker import CountingWorker
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import (
     Dispatch,

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from counting_worker import CountingWorker
 
+from tests.single_controller.counting_worker import CountingWorker
 from verl.protocol import DataProto
 from verl.single_controller import Dispatch, LocalWorkerGroup, Worker, WorkerError, create_worker_group, register
 from verl.trainer.config.schema import TrainerConfig

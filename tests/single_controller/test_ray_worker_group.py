@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import ray
 import torch
-from counting_worker import CountingWorker, SlowToStartWorker, UnbuildableWorker
 
+from tests.single_controller.counting_worker import CountingWorker, SlowToStartWorker, UnbuildableWorker
 from verl.protocol import DataProto
 from verl.single_controller import LocalWorkerGroup, WorkerDied, WorkerError, WorkerGroup, create_worker_group
-from verl.single_controller.ray_worker_group import RayWorkerGroup, check_resources
+from verl.single_controller.ray_worker_group import RayWorkerGroup, check_resources, ensure_ray
 from verl.trainer.config.schema import TrainerConfig
 from verl.utils.device import available_cores
 
@@ -174,6 +174,14 @@ def test_more_workers_than_the_cluster_has_are_refused_before_anything_starts():
 def test_shortfalls_are_named(nodes, n, nnodes, device, message):
     with pytest.raises(ValueError, match=message):
         check_resources(nodes, n, nnodes, device)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_an_address_without_a_cluster_is_refused(monkeypatch: pytest.MonkeyPatch, address: str):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(ValueError, match=f"no Ray cluster at {address} .*; run `ray start` on each node first"):
+        ensure_ray()
 
 
 def test_a_cluster_that_just_suffices_passes():

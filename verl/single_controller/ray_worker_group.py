@@ -6,6 +6,7 @@ none: with every core claimed by a worker, another actor claiming one would neve
 
 import logging
 import os
+import socket
 import sys
 import time
 from collections.abc import Sequence
@@ -54,10 +55,13 @@ def ensure_ray(nnodes: int = 1, num_cpus: int | None = None) -> bool:
         )
         return True
     try:
+        if address != "auto" and "://" not in address:  # Ray itself would retry a dead address for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, logging_level=logging.ERROR)
-    except ConnectionError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"no Ray cluster at {address}; run `ray start` on each node first, "
+            f"no Ray cluster at {address} ({_one_line(error)}); run `ray start` on each node first, "
             "or for one node unset RAY_ADDRESS and set trainer.nnodes=1"
         ) from error
     return False

@@ -1,13 +1,12 @@
 """A group of workers as the driver sees it, and the group that is one worker in the driver's own process."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
 from verl.single_controller.dispatch import Dispatch, collect, partition_rows, registered_methods, run_method
 from verl.single_controller.worker import Place, Worker
-from verl.trainer.config.schema import TrainerConfig
 from verl.utils.device import resolve_device
 
 
@@ -92,7 +91,17 @@ class LocalWorkerGroup(WorkerGroup):
             self.worker = None
 
 
-def create_worker_group(config: TrainerConfig, worker_cls: type[Worker], *args: Any, **kwargs: Any) -> WorkerGroup:
+class WorkerGroupConfig(Protocol):
+    """The keys that a `trainer` section has for its workers."""
+
+    worker_group: str
+    nnodes: int
+    n_gpus_per_node: int
+    device: str
+    start_timeout_s: int
+
+
+def create_worker_group(config: WorkerGroupConfig, worker_cls: type[Worker], *args: Any, **kwargs: Any) -> WorkerGroup:
     """The group that `trainer.*` describes, of workers built as `worker_cls(*args, **kwargs)`."""
     if config.worker_group == "ray":
         from verl.single_controller.ray_worker_group import RayWorkerGroup

@@ -2,14 +2,13 @@
 
 import sys
 
-from verl.single_controller.worker_group import WorkerGroup
+from verl.single_controller.worker_group import WorkerGroup, create_worker_group
 from verl.trainer.cli import run_cli
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.config.validate import validate
 from verl.trainer.ppo.ray_trainer import RayPPOTrainer, needs_reference, total_training_steps
 from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward
 from verl.trainer.ppo.validation import Validator
-from verl.trainer.workers import start_workers
 from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import load_tokenizer
@@ -35,16 +34,10 @@ def build(config: PPOConfig) -> RayPPOTrainer:
 
 def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:
     """The workers that hold the policy, and the reference policy where a KL term needs it."""
-    trainer, actor = config.trainer, config.actor_rollout_ref.actor
+    actor = config.actor_rollout_ref.actor
     optimizer_steps = training_steps * actor.ppo_epochs * (config.data.train_batch_size // actor.ppo_mini_batch_size)
-    return start_workers(
-        ActorRolloutRefWorker,
-        (config.actor_rollout_ref, optimizer_steps, needs_reference(config)),
-        kind=trainer.worker_group,
-        nnodes=trainer.nnodes,
-        n_workers_per_node=trainer.n_gpus_per_node,
-        device=trainer.device,
-        start_timeout_s=trainer.start_timeout_s,
+    return create_worker_group(
+        config.trainer, ActorRolloutRefWorker, config.actor_rollout_ref, optimizer_steps, needs_reference(config)
     )
 
 

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from verl.single_controller.worker_group import WorkerGroup
+from verl.single_controller.worker_group import WorkerGroup, create_worker_group
 from verl.trainer.cli import run_cli
 from verl.trainer.config.sft_schema import SFTConfig
-from verl.trainer.workers import start_workers
 from verl.utils.dataset.sft_dataset import SFTDataset
 from verl.utils.tokenizer import load_tokenizer
 from verl.workers.sft import SFTWorker
@@ -30,9 +29,9 @@ class SFTTrainer:
         for step in range(1, trainer.total_training_steps + 1):
             losses.append(self.workers.step(self.data.batch(self._indices(step, size)))[0]["loss"])
             if step % trainer.log_freq == 0 or step == trainer.total_training_steps:
-                seconds = (time.perf_counter() - start) / step
+                seconds = (time.perf_counter() - start) / len(losses)
                 print(f"sft step {step}: loss {np.mean(losses):.4f}, {seconds:.3f} s/step", flush=True)
-                losses = []
+                start, losses = time.perf_counter(), []
         self.workers.export(trainer.default_local_dir)
         print(f"model written to {trainer.default_local_dir}")
 
@@ -57,16 +56,7 @@ def build(config: SFTConfig) -> SFTTrainer:
     tokenizer = load_tokenizer(config.model.path)
     dataset = SFTDataset(data.train_files, tokenizer, data.max_prompt_length, data.max_response_length)
     Path(trainer.default_local_dir).mkdir(parents=True, exist_ok=True)
-    workers = start_workers(
-        SFTWorker,
-        (config,),
-        kind=trainer.worker_group,
-        nnodes=trainer.nnodes,
-        n_workers_per_node=trainer.n_gpus_per_node,
-        device=trainer.device,
-        start_timeout_s=trainer.start_timeout_s,
-    )
-    return SFTTrainer(config, dataset, workers)
+    return SFTTrainer(config, dataset, create_worker_group(trainer, SFTWorker, config))
 
 
 def run(trainer: SFTTrainer) -> None:

@@ -8,6 +8,9 @@ from transformers import AutoTokenizer, GenerationConfig
 
 def load_tokenizer(model_path: str) -> Any:
     """The tokenizer with a padding token (the end-of-sequence token where it has none) and a chat template."""
+    looks_local = model_path.startswith(("/", ".", "~")) or model_path.count("/") != 1
+    if looks_local and not Path(model_path).is_dir():
+        raise ValueError(f"actor_rollout_ref.model.path={model_path}: there is no such folder")
     tokenizer = AutoTokenizer.from_pretrained(model_path)
     if tokenizer.eos_token_id is None:
         raise ValueError(f"actor_rollout_ref.model.path={model_path}: the tokenizer has no end-of-sequence token")

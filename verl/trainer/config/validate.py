@@ -15,8 +15,6 @@ CHOICES = {
     "actor_rollout_ref.actor.optim.lr_scheduler_type": ("constant", "linear", "cosine"),
     "actor_rollout_ref.rollout.name": ("hf",),
     "algorithm.kl_penalty": KL_KINDS,
-    "trainer.worker_group": ("ray", "local"),
-    "trainer.device": ("auto", "cpu", "cuda"),
     "trainer.resume_mode": ("auto", "disable"),
 }
 POSITIVE = (
@@ -69,8 +67,6 @@ def validate(config: PPOConfig) -> None:
     _check_batches(config)
     _check_token_budgets(config)
     _check_algorithm(config)
-    if config.trainer.worker_group == "local" and config.trainer.nnodes * config.trainer.n_gpus_per_node != 1:
-        raise ConfigError("trainer.worker_group=local has one worker: add trainer.n_gpus_per_node=1 trainer.nnodes=1")
 
 
 def _check_sampling(config: PPOConfig) -> None:

@@ -134,8 +134,8 @@ def _check_ids(
     if (astray := np.flatnonzero(bundle_of[question] != bundle)).size:
         row = astray[0]
         raise ValueError(
-            f"question {question_ids[question[row]]!r} is in bundles {bundle_ids[bundle[row]]!r} and "
-            f"{bundle_ids[bundle_of[question[row]]]!r}; bundle_uid must be assigned once per question"
+            f"question {question_ids[question[row]]} is in bundles {bundle_ids[bundle[row]]} and "
+            f"{bundle_ids[bundle_of[question[row]]]}; bundle_uid must be assigned once per question"
         )
     if sample.size and sample.min() < 0:
         raise ValueError(f"sample_index of row {sample.argmin()} is {sample.min()}; it counts from 0")

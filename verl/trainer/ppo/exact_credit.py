@@ -80,16 +80,15 @@ class EncodedRewards:
     ) -> "EncodedRewards | None":
         """None if the bundle scores have more than `max_support` possible values.
 
-        A reward stored in float32 is read as the shortest decimal that is stored so where that is needed: multiples
-        of 0.1 make few sums, of 0.1f many.
+        Rewards stored in float32 are read as the shortest decimals that are stored so where that leaves fewer sums:
+        multiples of 0.1 make few, multiples of 0.1f many.
         """
         distinct, inverse = np.unique(rewards.double()[valid].numpy(), return_inverse=True)
         if len(distinct) > max_support:
             return None
         values = torch.from_numpy(distinct)
-        table = SumTable.build(values, bundle_size, max_support)
-        if table is None:
-            table = SumTable.build(_as_decimals(values), bundle_size, max_support)
+        tables = [SumTable.build(v, bundle_size, max_support) for v in (values, _as_decimals(values))]
+        table = min((t for t in tables if t is not None), key=lambda t: t.entries, default=None)
         if table is None:
             return None
         code = torch.zeros(valid.shape, dtype=torch.int64)

@@ -17,8 +17,8 @@ from verl.trainer.config.schema import AlgorithmConfig
 from verl.trainer.ppo.advantages import response_rewards
 from verl.trainer.ppo.bundles import BUNDLE_REMAINDERS, BundleLayout, bundle_names, check_num_questions, random_order
 from verl.trainer.ppo.groups import Groups, encode_ids
-from verl.trainer.ppo.quantile_tracker import QuantileTracker
-from verl.trainer.ppo.registry import AdvantageEstimator, AdvantageOutput, register_adv_est
+from verl.trainer.ppo.quantile_tracker import LEVEL_GRID, QuantileTracker
+from verl.trainer.ppo.registry import AdvantageEstimator, AdvantageOutput, one_thread, register_adv_est
 from verl.trainer.ppo.risk_metrics import score_metrics, tracked_mean_metrics, tracker_metrics
 
 logger = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def _share(
         total = centred.sum(1, keepdim=True)
         vanishing = total.abs() <= SMALLEST_SUM
         share = centred / torch.where(vanishing, 1.0, total)
-        return shared * torch.where(vanishing, 1.0 / layout.sizes[:, None, None], share)
+        return shared * torch.where(vanishing, 1.0 / layout.sizes.double()[:, None, None], share)
     return shared
 
 
@@ -197,7 +197,7 @@ class PublishedRiskPO(AdvantageEstimator):
             )
         if config.bundle_size < 1:
             raise ValueError(f"algorithm.bundle_size={config.bundle_size} must be at least 1")
-        levels = [round(0.05 * i, 2) for i in range(1, 20)] + [config.quantile_down, config.quantile_up]
+        levels = (*LEVEL_GRID, config.quantile_down, config.quantile_up)
         self.tracker = QuantileTracker(levels, config.lr_q, config.lr_q_power)
         if config.credit_assign_mode == "sum-mean" and config.quantile_tracking and config.use_q_track_mode != "batch":
             logger.warning(
@@ -212,6 +212,7 @@ class PublishedRiskPO(AdvantageEstimator):
         """Bundle id (Q,) of each question, "" for one left out; drawn from (seed, step)."""
         return bundle_names(random_order(len(uid), self.seed, step), self.config.bundle_size, self.remainder, step)
 
+    @one_thread()
     def __call__(self, batch: DataProto) -> AdvantageOutput:
         config = self.config
         started = config.quantile_tracking and bool(self.tracker.started)

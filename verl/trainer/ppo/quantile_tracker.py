@@ -15,6 +15,7 @@ from verl.trainer.ppo.risk import LEVEL_TOLERANCE, quantile
 
 # Two scores closer than this, relative to the largest, are the same lattice point reached by different float sums.
 SAME_SCORE = 1e-9
+LEVEL_GRID = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
 
 class ScoreDistribution:

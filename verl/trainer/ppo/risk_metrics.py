@@ -80,7 +80,7 @@ def dead_zone_share(credit: torch.Tensor, rewards: torch.Tensor, questions: Grou
         return 0.0
     # Exact credits agree up to the rounding of their sums.
     same = questions.max(credit) - questions.min(credit) <= 1e-12 * max(1.0, float(credit.abs().max()))
-    return float((same & unequal).sum() / unequal.sum())
+    return int((same & unequal).sum()) / int(unequal.sum())
 
 
 def credit_weight_metrics(
@@ -101,7 +101,7 @@ def credit_weight_metrics(
     success = ((questions.mean(rewards) - low) / (high - low))[unequal]
     scale = float(slope.mean())
     metrics = {"riskpo/credit_scale": scale}
-    if scale == 0:
+    if abs(scale) * (high - low) <= 1e-9 * float(advantages.abs().max()):  # 0 up to rounding
         return metrics
     for start, end in BANDS:
         inside = (success >= start) & ((success < end) if end < 1 else (success <= 1))

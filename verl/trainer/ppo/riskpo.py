@@ -26,11 +26,10 @@ from verl.trainer.ppo.bundles import (
 )
 from verl.trainer.ppo.groups import Groups
 from verl.trainer.ppo.pairing import Pairing, SampledPairing, SampledSameQuestion, ScoreAdvantage, build_pairing
-from verl.trainer.ppo.quantile_tracker import QuantileTracker, ScoreDistributionAverage
-from verl.trainer.ppo.registry import AdvantageEstimator, AdvantageOutput, register_adv_est
+from verl.trainer.ppo.quantile_tracker import LEVEL_GRID, QuantileTracker, ScoreDistributionAverage
+from verl.trainer.ppo.registry import AdvantageEstimator, AdvantageOutput, one_thread, register_adv_est
 from verl.trainer.ppo.risk import RegionWeights, quantile
 from verl.trainer.ppo.risk_metrics import (
-    covariance_metrics,
     credit_weight_metrics,
     dead_zone_share,
     score_histogram,
@@ -42,8 +41,6 @@ from verl.trainer.ppo.risk_metrics import (
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["DifficultyEstimate", "RewardRange", "RiskPO", "check_risk_config", "covariance_metrics", "region_weights"]
-
 CHOICES = {
     "bundling": BUNDLINGS,
     "bundle_remainder": BUNDLE_REMAINDERS,
@@ -54,7 +51,6 @@ CHOICES = {
     "tracker": ("sgd", "ema"),
     "update_order": ("after", "before"),
 }
-GRID = tuple(round(0.05 * i, 2) for i in range(1, 20))
 
 
 def check_risk_config(config: AlgorithmConfig, rollout_n: int) -> None:
@@ -151,7 +147,7 @@ class RiskPO(AdvantageEstimator):
         self.remainder = self.risk.bundle_remainder or "error"
         self.region_weights = region_weights(config)
         self.same_question = self.risk.bundling == "same_question"
-        levels = (*GRID, self.risk.alpha, self.risk.beta)
+        levels = (*LEVEL_GRID, self.risk.alpha, self.risk.beta)
         self.tracker: QuantileTracker | ScoreDistributionAverage = (
             ScoreDistributionAverage(levels)
             if self.risk.tracker == "ema"
@@ -184,6 +180,7 @@ class RiskPO(AdvantageEstimator):
         spread, returns = per_token(advantages, mask)
         return AdvantageOutput(spread.float(), returns.float(), metrics)
 
+    @one_thread()
     def estimate(self, batch: DataProto) -> tuple[torch.Tensor, dict[str, float]]:
         """Advantage of each response, (N,) float64, and the step's metrics; then the state moves on."""
         rewards = response_rewards(batch["token_level_rewards"], batch["response_mask"])

@@ -2,15 +2,14 @@
 
 from typing import Any
 
-from verl.trainer.ppo.validation_metrics import process_validation_metrics
-from verl.utils.tracking import Tracking
-
 from verl.protocol import object_array
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.generation import decode_responses, expand, generate
 from verl.trainer.ppo.reward import RewardManager
+from verl.trainer.ppo.validation_metrics import process_validation_metrics
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.tracking import Tracking
 from verl.workers.rollout.base import SamplingParams
 
 

@@ -1,0 +1,162 @@
+"""The policy update against an independent float64 loop, and its independence of how a mini-batch is split."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from verl.protocol import DataProto
+from verl.single_controller.dispatch import Dispatch, register
+from verl.single_controller.worker import Worker
+from verl.single_controller.worker_group import LocalWorkerGroup
+from verl.trainer.config.schema import ActorConfig
+from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers.policy_update import PolicyUpdate
+from verl.workers.sequences import MicroBatchSpec
+
+N, P, T = 12, 5, 7
+
+
+class UpdateWorker(Worker):
+    """Computes the gradient of one mini-batch without moving the weights."""
+
+    def __init__(self, model_path: str, checkpointing: bool = False) -> None:
+        self.model_path = model_path
+        self.checkpointing = checkpointing
+
+    @register(Dispatch.ALL)
+    def build(self) -> None:
+        config = ActorConfig()
+        self.engine = FSDPEngine(
+            self.model_path, self.device, config.optim, grad_clip=1e9, gradient_checkpointing=self.checkpointing
+        )
+
+    @register(Dispatch.ROWS)
+    def gradient(self, data: DataProto, config: ActorConfig, temperature: float) -> dict:
+        gradients = {}
+
+        def keep_gradients() -> dict[str, float]:
+            for name, parameter in self.engine.model.lm.named_parameters():
+                gradients[name] = parameter.grad.full_tensor().clone()
+            self.engine.optimizer.zero_grad()
+            return {}
+
+        self.engine.step = keep_gradients
+        metrics = PolicyUpdate(self.engine, config, temperature)(data)
+        return {"metrics": metrics, "gradients": gradients}
+
+    @register(Dispatch.ROWS)
+    def log_prob(self, data: DataProto, temperature: float, max_tokens: int) -> DataProto:
+        log_prob, entropy = self.engine.log_prob(data, temperature, MicroBatchSpec(None, max_tokens))
+        return DataProto.from_dict({"log_prob": log_prob, "entropy": entropy})
+
+
+@pytest.fixture(scope="module")
+def batch() -> DataProto:
+    generator = torch.Generator().manual_seed(0)
+    prompt_length = torch.randint(1, P + 1, (N,), generator=generator)
+    response_length = torch.randint(1, T + 1, (N,), generator=generator)
+    prompts = torch.randint(5, 60, (N, P), generator=generator)
+    return DataProto.from_dict(
+        {
+            "prompts": prompts * (torch.arange(P) >= P - prompt_length[:, None]),
+            "prompt_length": prompt_length,
+            "responses": torch.randint(5, 60, (N, T), generator=generator),
+            "response_mask": torch.arange(T) < response_length[:, None],
+            "old_log_probs": -3 - torch.rand(N, T, generator=generator) * 4,
+            "ref_log_prob": -3 - torch.rand(N, T, generator=generator) * 4,
+            "advantages": torch.randn(N, 1, generator=generator).expand(N, T).contiguous(),
+            "mini_batch": torch.zeros(N, dtype=torch.int64),
+        },
+        {"n_mini_batches": 1},
+    )
+
+
+@pytest.fixture(scope="module")
+def worker(tiny_model):
+    group = LocalWorkerGroup(UpdateWorker, (str(tiny_model),), device="cpu")
+    group.build()
+    yield group
+    group.shutdown()
+
+
+def reference_loss(model, batch, config: ActorConfig, temperature: float) -> torch.Tensor:
+    """The clipped loss by plain loops over rows and tokens, in float64: token mean, entropy bonus, low-variance KL."""
+    total, tokens = torch.zeros((), dtype=torch.float64), 0
+    for i in range(N):
+        prompt = batch["prompts"][i, P - int(batch["prompt_length"][i]) :]
+        response = batch["responses"][i, : int(batch["response_mask"][i].sum())]
+        logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1] / temperature
+        for t, token in enumerate(response):
+            p = torch.softmax(logits[t], -1)
+            ratio = p[token] / torch.exp(batch["old_log_probs"][i, t].double())
+            advantage = batch["advantages"][i, t].double()
+            low, high = 1 - config.clip_ratio_low, 1 + config.clip_ratio_high
+            objective = torch.minimum(ratio * advantage, torch.clamp(ratio, low, high) * advantage)
+            if advantage < 0:
+                objective = torch.maximum(objective, config.clip_ratio_c * advantage)
+            entropy = -(p * p.log()).sum()
+            difference = batch["ref_log_prob"][i, t].double() - p[token].log()
+            kl = difference.exp() - difference - 1
+            total = total - objective - config.entropy_coeff * entropy + config.kl_loss_coef * kl
+            tokens += 1
+    return total / tokens
+
+
+def test_loss_and_gradient_equal_a_float64_loop(tiny_model, worker, batch):
+    config = ActorConfig(entropy_coeff=0.01, use_kl_loss=True, kl_loss_coef=0.1)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    reference_loss(model, batch, config, 0.7).backward()
+    result = worker.gradient(batch, config, 0.7)[0]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(result["gradients"][name].double(), parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])
+def test_the_gradient_does_not_depend_on_the_micro_batches(worker, batch, mode):
+    whole = worker.gradient(batch, ActorConfig(loss_agg_mode=mode, ppo_micro_batch_size_per_gpu=N), 1.0)[0]
+    for split in (
+        ActorConfig(loss_agg_mode=mode, ppo_micro_batch_size_per_gpu=1),
+        ActorConfig(loss_agg_mode=mode, ppo_micro_batch_size_per_gpu=5),
+        ActorConfig(loss_agg_mode=mode, ppo_max_token_len_per_gpu=P + T + 3),
+    ):
+        part = worker.gradient(batch, split, 1.0)[0]
+        assert_same(part, whole)
+
+
+def assert_same(part: dict, whole: dict) -> None:
+    for name, gradient in whole["gradients"].items():
+        torch.testing.assert_close(part["gradients"][name], gradient, rtol=2e-4, atol=2e-7)
+    assert part["metrics"].keys() == whole["metrics"].keys()
+    for name, value in whole["metrics"].items():
+        assert part["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+def test_activation_checkpointing_changes_nothing(tiny_model, worker, batch):
+    group = LocalWorkerGroup(UpdateWorker, (str(tiny_model), True), device="cpu")
+    group.build()
+    config = ActorConfig()
+    assert_same(group.gradient(batch, config, 1.0)[0], worker.gradient(batch, config, 1.0)[0])
+    group.shutdown()
+
+
+def test_log_probs_do_not_depend_on_the_micro_batches(worker, batch):
+    whole = worker.log_prob(batch, 1.0, 10_000)
+    part = worker.log_prob(batch, 1.0, P + T)
+    torch.testing.assert_close(part["log_prob"], whole["log_prob"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(part["entropy"], whole["entropy"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow  # starts two Ray workers
+def test_two_workers_give_the_gradient_of_one(ray_cluster, tiny_model, worker, batch):
+    from verl.single_controller.ray_worker_group import RayWorkerGroup
+
+    whole = worker.gradient(batch, ActorConfig(), 1.0)[0]
+    log_prob = worker.log_prob(batch, 1.0, 10_000)
+    with RayWorkerGroup(UpdateWorker, (str(tiny_model),), n_workers_per_node=2, device="cpu") as group:
+        group.build()
+        for rows in (None, [list(range(9)), [9, 10, 11]], [list(range(N)), []]):
+            results = group.gradient(batch, ActorConfig(ppo_max_token_len_per_gpu=2 * (P + T)), 1.0, rows=rows)
+            for result in results:
+                assert_same(result, whole)
+        two = group.log_prob(batch, 1.0, 10_000, rows=[[3, 1, 2], [0, *range(4, N)]])
+        torch.testing.assert_close(two["log_prob"], log_prob["log_prob"], rtol=0, atol=1e-5)
