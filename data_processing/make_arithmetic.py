@@ -131,7 +131,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--levels", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="numbers of digits")
     parser.add_argument("--train-size", type=int, default=4000)
     parser.add_argument("--val-size", type=int, default=250)
-    parser.add_argument("--sft-size", type=int, default=20000)
+    parser.add_argument("--sft-size", type=int, default=40000)
     parser.add_argument(
         "--slip-rate",
         type=float,

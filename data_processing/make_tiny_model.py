@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GenerationConfig, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers.utils.logging import disable_progress_bar
 
 from verl.utils import manifest
 
@@ -111,6 +112,7 @@ def main(argv: list[str] | None = None) -> None:
     if manifest.is_made(folder, made_from):
         print(f"{folder}: already made from these arguments")
         return
+    disable_progress_bar()
     tokenizer = build_tokenizer()
     model = build_model(tokenizer, **sizes)
     manifest.begin(folder)

@@ -1,6 +1,7 @@
 """`python -m verl.trainer.main_ppo [--config-name=PRESET] [--config-dir=DIR] key=value ...`: train with PPO."""
 
 import sys
+from pathlib import Path
 
 from verl.single_controller.worker_group import WorkerGroup, create_worker_group
 from verl.trainer.cli import run_cli
@@ -11,6 +12,7 @@ from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward
 from verl.trainer.ppo.validation import Validator
 from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.report import print_report
 from verl.utils.tokenizer import load_tokenizer
 from verl.utils.tracking import Tracking
 from verl.workers.actor_rollout_ref import ActorRolloutRefWorker
@@ -42,12 +44,13 @@ def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:
 
 
 def run(trainer: RayPPOTrainer) -> None:
-    """Train; workers and trackers are closed whatever happens."""
+    """Train and report; workers and trackers are closed whatever happens."""
     try:
         trainer.fit()
     finally:
         trainer.tracking.finish()
         trainer.actor.shutdown()
+    print_report(Path(trainer.config.trainer.default_local_dir))
 
 
 if __name__ == "__main__":

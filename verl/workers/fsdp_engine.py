@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from verl.protocol import DataProto
 from verl.trainer.config.schema import OptimConfig
@@ -58,6 +59,7 @@ class FSDPEngine:
         self.device = device
         self.grad_clip = grad_clip
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+        disable_progress_bar()
         lm = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
         self.config = lm.config
         if gradient_checkpointing and optim is not None:

@@ -6,11 +6,15 @@ import torch
 
 def encode_ids(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct ids, sorted, and for each row the position of its id among them, (N,) int64."""
-    listed = np.asarray(ids).tolist()
+    ids = np.asarray(ids)
+    # A question's rows are neighbours as a rule: only the first of each run of equal ids is looked up.
+    first = np.flatnonzero(np.concatenate([np.ones(min(len(ids), 1), dtype=bool), ids[1:] != ids[:-1]]))
+    listed = ids[first].tolist()
     distinct = sorted(set(listed))
     # A dictionary is several times faster here than sorting a million Python strings.
     position = {value: i for i, value in enumerate(distinct)}
-    return np.asarray(distinct), np.fromiter(map(position.__getitem__, listed), dtype=np.int64, count=len(listed))
+    codes = np.fromiter(map(position.__getitem__, listed), dtype=np.int64, count=len(listed))
+    return np.asarray(distinct), codes.repeat(np.diff(first, append=len(ids)))
 
 
 class Groups:
