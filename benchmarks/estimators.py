@@ -112,7 +112,7 @@ def memory_growth(num_responses: int) -> dict[str, float]:
     small, small_batch = make_estimator("riskpo", make_batch(BUNDLE_SIZE * RESPONSES, TOKENS), {})
     small(small_batch)  # loads what is loaded once
     batch = make_batch(num_responses, TOKENS)
-    size = sum(t.numel() * t.element_size() for t in batch.batch.values())
+    size = sum(t.nbytes for t in batch.columns().values() if isinstance(t, torch.Tensor))
     estimator, batch = make_estimator("riskpo", batch, {})
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present

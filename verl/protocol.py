@@ -16,9 +16,10 @@ import torch
 from tensordict import TensorDict
 
 Column = torch.Tensor | np.ndarray
+Rows = Sequence[int] | np.ndarray | torch.Tensor
 
 
-def _as_index(rows: Sequence[int] | np.ndarray | torch.Tensor, n_rows: int) -> np.ndarray:
+def _as_index(rows: Rows, n_rows: int) -> np.ndarray:
     index = np.asarray(rows)
     if index.dtype == bool:
         if index.shape != (n_rows,):
@@ -107,7 +108,7 @@ class DataProto:
         return taken
 
     # ---------------------------------------------------------------------------------------------------- rows
-    def select_rows(self, rows: Sequence[int] | np.ndarray | torch.Tensor) -> "DataProto":
+    def select_rows(self, rows: Rows) -> "DataProto":
         """The rows of an index (in its order) or of a mask, copied."""
         index = _as_index(rows, len(self))
         tensor_index = torch.from_numpy(index)
@@ -119,7 +120,7 @@ class DataProto:
         arrays = {k: v for k, v in columns.items() if isinstance(v, np.ndarray)}
         return DataProto(TensorDict(tensors, batch_size=[len(index)]), arrays, dict(self.meta_info))
 
-    def reorder(self, order: Sequence[int] | np.ndarray | torch.Tensor) -> "DataProto":
+    def reorder(self, order: Rows) -> "DataProto":
         """The rows in another order: row i of the result is row `order[i]` of this batch."""
         index = _as_index(order, len(self))
         if not np.array_equal(np.sort(index), np.arange(len(self))):

@@ -24,16 +24,17 @@ def validation_table(run_dir: Path) -> Table | None:
         return None
     first, last = steps[0], steps[-1]
     names = {m["what"]: m["n"] for name in last if (m := MEAN.fullmatch(name))}
-    table = Table(title=f"validation, step {first['step']} -> {last['step']}", title_justify="left")
-    table.add_column("")
-    for measure in ("mean@n", "pass@n"):
-        for step in dict.fromkeys((first["step"], last["step"])):
-            table.add_column(f"{measure} at step {step}", justify="right")
+    counts = sorted({*names.values()}, key=int)
+    table = Table(title=f"validation accuracy, step {first['step']} → {last['step']}", title_justify="left")
+    for column in ("", *(f"{measure}@{n}" for n in counts for measure in ("mean", "pass"))):
+        table.add_column(column, justify="right" if column else "left")
+    shown = [first] if first is last else [first, last]
     for what, n in names.items():
-        prefix = _prefix(what, last, n)
-        cells = [_with_error(step, f"{prefix}/mean@{n}") for step in _distinct(first, last)]
-        cells += [f"{step[f'{prefix}/pass@{n}']:.3f}" for step in _distinct(first, last)]
-        table.add_row(what.replace("/", " "), *cells)
+        cells = {column.header: "" for column in table.columns[1:]}
+        prefix = next(p for p in (f"val-core/{what}/acc", f"val-aux/{what}/acc") if f"{p}/mean@{n}" in last)
+        cells[f"mean@{n}"] = " → ".join(_with_error(step, f"{prefix}/mean@{n}") for step in shown)
+        cells[f"pass@{n}"] = " → ".join(f"{step[f'{prefix}/pass@{n}']:.3f}" for step in shown)
+        table.add_row(what.replace("/", " "), *cells.values())
     return table
 
 
@@ -43,14 +44,6 @@ def print_report(run_dir: Path) -> None:
     if (run_dir / "metrics.jsonl").is_file() and (table := validation_table(run_dir)) is not None:
         console.print(table)
     console.print(f"run folder: {run_dir}", soft_wrap=True)
-
-
-def _distinct(first: dict[str, float], last: dict[str, float]) -> list[dict[str, float]]:
-    return [first] if first["step"] == last["step"] else [first, last]
-
-
-def _prefix(what: str, step: dict[str, float], n: str) -> str:
-    return next(p for p in (f"val-core/{what}/acc", f"val-aux/{what}/acc") if f"{p}/mean@{n}" in step)
 
 
 def _with_error(step: dict[str, float], name: str) -> str:

@@ -30,8 +30,9 @@ class PolicyUpdate:
         """Run `ppo_epochs` passes over the mini-batches and return the metrics, averaged over optimizer steps.
 
         `data` holds this worker's rows of every mini-batch: the columns of `Sequences.from_batch`, `old_log_probs`
-        and `advantages` (N, T), `ref_log_prob` (N, T) if the KL loss is on, and `mini_batch` (N,) int64, the number of
-        the row's mini-batch, of which there are meta_info["n_mini_batches"] over all workers.
+        and `advantages` (N, T), `ref_log_prob` (N, T) if the KL loss is on, `selected` (N, T) if the policy loss
+        chooses tokens, and `mini_batch` (N,) int64, the number of the row's mini-batch, of which there are
+        meta_info["n_mini_batches"] over all workers.
         """
         steps: list[dict[str, float]] = []
         for _ in range(self.config.ppo_epochs):
@@ -59,8 +60,9 @@ class PolicyUpdate:
         config, device = self.config, self.engine.device
         weights = token_weights(mask, config.loss_agg_mode, totals)
         log_prob, entropy = self.engine.forward(data, self.temperature)
+        chosen = {"selected": data["selected"].to(device)} if "selected" in data else {}
         pg_loss, metrics = self.policy_loss(
-            data["old_log_probs"].to(device), log_prob, data["advantages"].to(device), mask, config
+            data["old_log_probs"].to(device), log_prob, data["advantages"].to(device), mask, config, **chosen
         )
         loss = pg_loss
         if config.entropy_coeff != 0:

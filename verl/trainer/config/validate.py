@@ -142,6 +142,10 @@ def _check_algorithm(config: PPOConfig) -> None:
         estimator = get_adv_estimator(
             algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
         )
+        if estimator.needs_critic:
+            raise ConfigError(
+                f"algorithm.adv_estimator={algorithm.adv_estimator} needs a critic, which is not built yet"
+            )
         estimator.check_num_questions(config.data.train_batch_size)
         get_policy_loss(actor.policy_loss.loss_mode)
         get_kl_controller(algorithm.kl_ctrl)

@@ -3,6 +3,7 @@
 The driver holds ids, tokens, rewards and advantages; models live in the workers.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from verl.trainer.ppo.core_algos import get_adv_estimator
 from verl.trainer.ppo.generation import decode_responses, expand, generate
 from verl.trainer.ppo.kl import apply_kl_penalty, get_kl_controller
 from verl.trainer.ppo.metrics import compute_data_metrics, compute_timing_metrics
+from verl.trainer.ppo.policy_losses import select_tokens
 from verl.trainer.ppo.reward import RewardManager
+from verl.trainer.ppo.risk_metrics import covariance_metrics
 from verl.trainer.ppo.update_plan import UpdatePlan
 from verl.trainer.ppo.validation import Validator
 from verl.utils.checkpoint import CheckpointFolder
@@ -27,6 +30,7 @@ from verl.workers.rollout.base import SamplingParams
 
 # The columns from which a model computes log-probabilities.
 TOKENS = ["prompts", "prompt_length", "responses", "response_mask"]
+MAX_SAMPLE_ROWS = 256  # of a step, written to samples/
 
 
 class RayPPOTrainer:
@@ -101,11 +105,16 @@ class RayPPOTrainer:
 
     def train_step(self, questions: DataProto, timer: Timer) -> tuple[DataProto, dict[str, float]]:
         """One step on Q questions: sample, score, advantages, update. Returns the N = Q * n rows and the metrics."""
-        batch = self._expand(questions)
+        rollout = self.config.actor_rollout_ref.rollout
+        questions = self._name(questions)
+        batch = expand(questions, rollout.n, self.config.trainer.seed, self.step)
         with timer("gen"):
-            batch = self._generate(batch)
+            batch = generate(self.actor, batch, self._sampling(), rollout.n)
         with timer("reward"):
             batch, metrics = self._score(batch)
+        if self.estimator.needs_greedy_baseline:
+            with timer("gen_max"):
+                batch = batch.with_columns(reward_baselines=self._greedy_rewards(questions))
         plan = UpdatePlan.make(batch, self.config, self.actor.world_size)
         batch = batch.with_columns(mini_batch=plan.mini_batch)
         batch.meta_info["n_mini_batches"] = plan.n_mini_batches
@@ -119,9 +128,7 @@ class RayPPOTrainer:
             output = self.estimator(batch)
             batch = batch.with_columns(advantages=output.advantages, returns=output.returns)
         with timer("update_actor"):
-            inputs = [*TOKENS, "old_log_probs", "advantages", "mini_batch"]
-            inputs += ["ref_log_prob"] if self.with_reference else []
-            actor_metrics = self.actor.update_actor(batch.select(inputs), rows=plan.rows)[0]
+            actor_metrics = self.actor.update_actor(self._update_inputs(batch), rows=plan.rows)[0]
         with timer("update_weights"):
             self.actor.update_weights()
         metrics |= (
@@ -134,21 +141,27 @@ class RayPPOTrainer:
         return batch, metrics
 
     # -- stages of a step
-    def _expand(self, questions: DataProto) -> DataProto:
-        """Name the questions and bundles, then give each question its n rows, next to each other."""
-        rollout, seed = self.config.actor_rollout_ref.rollout, self.config.trainer.seed
+    def _name(self, questions: DataProto) -> DataProto:
+        """The questions of the step with a `uid`, and a `bundle_uid` where the estimator bundles."""
         uid = object_array([f"{self.step}-{i}" for i in range(len(questions))])
         questions = questions.with_columns(uid=uid)
         if self.estimator.needs_bundles:
             bundle_uid = self.estimator.assign_bundles(uid, questions["question_id"], self.step)
             questions = questions.with_columns(bundle_uid=bundle_uid)
             questions = questions.select_rows(bundle_uid != "")  # those left over, under bundle_remainder=drop
-        return expand(questions, rollout.n, seed, self.step)
+        return questions
 
-    def _generate(self, batch: DataProto) -> DataProto:
+    def _sampling(self, greedy: bool = False) -> SamplingParams:
         rollout = self.config.actor_rollout_ref.rollout
-        params = SamplingParams(self.config.data.max_response_length, rollout.temperature, rollout.top_p, rollout.top_k)
-        return generate(self.actor, batch, params, rollout.n)
+        return SamplingParams(
+            self.config.data.max_response_length, rollout.temperature, rollout.top_p, rollout.top_k, greedy
+        )
+
+    def _greedy_rewards(self, questions: DataProto) -> torch.Tensor:
+        """(N,) float32: the reward of the greedy response to each row's question."""
+        batch = expand(questions, 1, self.config.trainer.seed, self.step)
+        batch, _ = self._score(generate(self.actor, batch, self._sampling(greedy=True), 1))
+        return batch["token_level_scores"].sum(1).repeat_interleave(self.config.actor_rollout_ref.rollout.n)
 
     def _score(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
         texts = decode_responses(self.tokenizer, batch)
@@ -173,12 +186,31 @@ class RayPPOTrainer:
             self.kl_controller.update(mean_kl, len(batch))
         return batch.with_columns(token_level_rewards=rewards)
 
+    def _update_inputs(self, batch: DataProto) -> DataProto:
+        """The columns that the policy update reads."""
+        actor = self.config.actor_rollout_ref.actor
+        inputs = [*TOKENS, "old_log_probs", "advantages", "mini_batch"]
+        inputs += ["ref_log_prob"] if self.with_reference else []
+        selected = select_tokens(
+            actor.policy_loss.loss_mode,
+            batch["old_log_probs"],
+            batch["advantages"],
+            batch["response_mask"],
+            batch["mini_batch"],
+            actor,
+            self.config.trainer.seed,
+            self.step,
+        )
+        update = batch.select(inputs)
+        return update if selected is None else update.with_columns(selected=selected)
+
     # ---------------------------------------------------------------------------------------------- checkpoints
     def _write_checkpoint(self) -> None:
         folder = self.checkpoints.begin(self.step)
         self.actor.save_checkpoint(str(folder))
         state = {
             "step": self.step,
+            "config": asdict(self.config),
             "loader": self.loader.state_dict(),
             "estimator": self.estimator.state_dict(),
             "kl_controller": self.kl_controller.state_dict(),
@@ -193,11 +225,18 @@ class RayPPOTrainer:
             return
         print(f"resuming from {folder}")
         state = torch.load(folder / "trainer.pt", weights_only=False)
+        for key, (then, now) in changed_keys(state["config"], asdict(self.config)).items():
+            print(f"  changed since: {key}={now} (was {then})")
         self.step = state["step"]
         self.loader.load_state_dict(state["loader"])
         self.estimator.load_state_dict(state["estimator"])
         self.kl_controller.load_state_dict(state["kl_controller"])
         self.actor.load_checkpoint(str(folder))
+        if self.step >= self.total_steps:
+            print(
+                f"all {self.total_steps} steps are done already: raise trainer.total_training_steps, or start anew "
+                "with another trainer.experiment_name or trainer.resume_mode=disable"
+            )
 
 
 def total_training_steps(config: PPOConfig, steps_per_epoch: int) -> int:
@@ -211,11 +250,26 @@ def needs_reference(config: PPOConfig) -> bool:
     return config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss
 
 
+def changed_keys(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Dotted key -> (value then, value now), of the keys of two nested configurations that differ."""
+    changed: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(then.keys() | now.keys()):
+        a, b = then.get(name), now.get(name)
+        if isinstance(a, dict) and isinstance(b, dict):
+            changed |= changed_keys(a, b, f"{prefix}{name}.")
+        elif a != b:
+            changed[prefix + name] = (a, b)
+    return changed
+
+
 def policy_metrics(batch: DataProto) -> dict[str, float]:
-    """Entropy of the policy, and how far the engine's probabilities are from the trainer's (0 when they agree)."""
+    """Entropy and what drives it, and how far the engine's probabilities are from the trainer's (0: they agree)."""
     mask = batch["response_mask"]
+    covariance = covariance_metrics(
+        batch["old_log_probs"], batch["advantages"], mask, batch["token_level_rewards"].sum(1).double(), batch["uid"]
+    )
     diff = (batch["old_log_probs"].exp() - batch["rollout_log_probs"].exp()).abs()[mask]
-    return {
+    return covariance | {
         "actor/entropy": float(masked_mean(batch["entropy"], mask)),
         "training/rollout_probs_diff_mean": float(diff.mean()),
         "training/rollout_probs_diff_max": float(diff.max()),
@@ -224,7 +278,8 @@ def policy_metrics(batch: DataProto) -> dict[str, float]:
 
 
 def sample_rows(batch: DataProto) -> list[dict[str, Any]]:
-    """What `samples/` keeps of a training batch, a dict per row."""
+    """What `samples/` keeps of a training batch: a dict for each of the first rows."""
+    batch = batch.select_rows(range(min(len(batch), MAX_SAMPLE_ROWS)))
     bundles = batch["bundle_uid"] if "bundle_uid" in batch else [None] * len(batch)
     rewards = batch["token_level_scores"].sum(1).tolist()
     advantages = batch["advantages"][:, 0].tolist()

@@ -177,8 +177,8 @@ class RiskPO(AdvantageEstimator):
         bundled = torch.from_numpy(batch["bundle_uid"] != "")
         advantages = torch.zeros(len(batch), dtype=torch.float64)
         advantages[bundled], metrics = self.estimate(batch if bundled.all() else batch.select_rows(bundled))
-        spread, returns = per_token(advantages, mask)
-        return AdvantageOutput(spread.float(), returns.float(), metrics)
+        spread, returns = per_token(advantages.float(), mask)
+        return AdvantageOutput(spread, returns, metrics)
 
     @one_thread()
     def estimate(self, batch: DataProto) -> tuple[torch.Tensor, dict[str, float]]:

@@ -1,0 +1,161 @@
+"""Whole runs on a tiny model: what they log and write, and that they repeat, resume, and agree across worker groups."""
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.e2e.runs import config, logged, train
+from verl.trainer.main_ppo import build, run
+
+
+@pytest.fixture(scope="module")
+def files(arithmetic_data, tiny_model):
+    return arithmetic_data, tiny_model
+
+
+def weights(run_dir, step: int) -> dict[str, torch.Tensor]:
+    folder = run_dir / "checkpoints" / f"global_step_{step}" / "huggingface"
+    return dict(AutoModelForCausalLM.from_pretrained(folder).named_parameters())
+
+
+def test_a_run_writes_everything_that_the_documents_promise(files, tmp_path, varied_reward):
+    steps = train(config(*files, tmp_path, *varied_reward, "trainer.save_freq=3", "trainer.logger=[jsonl,tensorboard]"))
+    assert [s["step"] for s in steps] == [0, 1, 2, 3]
+    timed = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    for name in (
+        "actor/entropy", "actor/pg_loss", "actor/grad_norm", "actor/lr", "critic/score/mean", "critic/advantages/max",
+        "response_length/mean", "quantile_tracking/0.2_th_quantile", "quantile_baseline/mvar", "actor/cov_logp_adv",
+        "timing_s/step", "timing_s/gen", "timing_s/update_actor", "perf/throughput", "training/global_step",
+    ):  # fmt: skip
+        assert math.isfinite(timed[name]), name
+    assert "val-core/arithmetic/acc/mean@1" in steps[0] and "val-aux/arithmetic/level_2/acc/pass@1" in steps[3]
+    assert (tmp_path / "config.yaml").is_file() and list((tmp_path / "tensorboard").iterdir())
+    sample = json.loads((tmp_path / "samples" / "train_step_2.jsonl").read_text().splitlines()[0])
+    assert set(sample) == {"prompt", "response", "reward", "bundle", "advantage"}
+    assert weights(tmp_path, 3)
+
+
+def test_the_first_ratio_of_a_step_is_one(files, tmp_path, varied_reward):
+    """The engine sampled with the probabilities that the trainer computes: nothing is clipped in the first update."""
+    one_update = ["actor_rollout_ref.actor.ppo_mini_batch_size=12", "actor_rollout_ref.rollout.temperature=0.8"]
+    for step in train(config(*files, tmp_path, *varied_reward, *one_update))[1:]:
+        assert step["training/rollout_probs_diff_max"] < 1e-5
+        assert abs(step["actor/ppo_kl"]) < 1e-6 and step["actor/pg_clipfrac"] == 0
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(files, tmp_path, varied_reward):
+    one = train(config(*files, tmp_path / "one", *varied_reward))
+    assert train(config(*files, tmp_path / "again", *varied_reward)) == one
+    assert train(config(*files, tmp_path / "other", *varied_reward, "trainer.seed=2")) != one
+
+
+@pytest.mark.parametrize("estimator", ["riskpo", "grpo"])
+def test_a_run_stopped_and_resumed_equals_one_never_stopped(files, tmp_path, varied_reward, monkeypatch, estimator):
+    options = [*varied_reward, f"algorithm.adv_estimator={estimator}", "trainer.total_training_steps=5"]
+    options += ["trainer.test_freq=2", "trainer.save_freq=2", "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine"]
+    whole = train(config(*files, tmp_path / "whole", *options))
+
+    stopped = config(*files, tmp_path / "stopped", *options)
+    trainer = build(stopped)
+    step = trainer.train_step
+    calls = itertools.count(1)
+
+    def interrupted(*args):
+        if next(calls) == 4:  # after the checkpoint of step 2 and one more step
+            raise KeyboardInterrupt
+        return step(*args)
+
+    monkeypatch.setattr(trainer, "train_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(trainer)
+    assert [line["step"] for line in logged(tmp_path / "stopped")] == [0, 1, 2, 3]
+
+    assert train(stopped) == whole
+    for name, tensor in weights(tmp_path / "whole", 5).items():
+        assert torch.equal(weights(tmp_path / "stopped", 5)[name], tensor), name
+
+
+def test_a_finished_run_says_so_and_changed_keys_are_named(files, tmp_path, varied_reward, capsys):
+    options = [*varied_reward, "trainer.save_freq=3"]
+    first = train(config(*files, tmp_path, *options))
+    capsys.readouterr()
+    again = train(config(*files, tmp_path, *options, "actor_rollout_ref.actor.optim.lr=0.5"))
+    assert again == first
+    printed = capsys.readouterr().out
+    assert "all 3 steps are done already" in printed
+    assert "changed since: actor_rollout_ref.actor.optim.lr=0.5 (was 0.001)" in printed
+
+
+def test_the_trackers_quantiles_reach_the_next_steps_advantages(files, tmp_path, varied_reward):
+    """Moving the tracker after step 1 changes the advantages of step 2, for the same responses and rewards."""
+
+    def step_two(shift: float) -> tuple[torch.Tensor, torch.Tensor]:
+        trainer = build(config(*files, tmp_path / str(shift), *varied_reward))
+        trainer.estimator = ShiftsTracker(trainer.estimator, shift)
+        run(trainer)
+        return trainer.estimator.seen[1]
+
+    responses, plain = step_two(0.0)
+    # The first update is the same in both runs, so step 2 has the same responses.
+    same_responses, shifted = step_two(-0.3)
+    assert torch.equal(responses, same_responses)
+    assert not torch.allclose(plain, shifted)
+
+
+class ShiftsTracker:
+    """An estimator that remembers responses and advantages, and moves the tracked quantiles after its first step."""
+
+    def __init__(self, estimator, shift: float) -> None:
+        self.estimator, self.shift, self.seen = estimator, shift, []
+
+    def __getattr__(self, name):
+        return getattr(self.estimator, name)
+
+    def __call__(self, batch):
+        output = self.estimator(batch)
+        if not self.seen:
+            for parameter in self.estimator.tracker.parameters():
+                parameter.data += self.shift
+        self.seen.append((batch["responses"], output.advantages))
+        return output
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["algorithm.adv_estimator=grpo_bundle_RVaR_quantile_tracking"],
+        ["algorithm.adv_estimator=remax"],
+        ["algorithm.adv_estimator=grpo", "actor_rollout_ref.actor.policy_loss.loss_mode=kl_cov"],
+        ["algorithm.adv_estimator=rloo", "actor_rollout_ref.actor.policy_loss.loss_mode=gspo",
+         "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean"],
+        ["algorithm.adv_estimator=grpo", "algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive",
+         "actor_rollout_ref.actor.use_kl_loss=True"],
+    ],
+    ids=["published", "remax", "kl_cov", "gspo", "kl"],
+)  # fmt: skip
+def test_other_estimators_and_losses_run_through_the_trainer(files, tmp_path, varied_reward, options):
+    steps = train(config(*files, tmp_path, *varied_reward, "trainer.total_training_steps=2", *options))
+    assert steps[-1]["step"] == 2 and steps[-1]["actor/skipped_updates"] == 0
+    assert steps[-1]["actor/grad_norm"] > 0
+    if "algorithm.use_kl_in_reward=True" in options:
+        # The policy starts as the reference.
+        assert abs(steps[1]["actor/reward_kl_penalty"]) < 1e-6 < abs(steps[2]["actor/reward_kl_penalty"])
+        assert steps[2]["actor/kl_loss"] > 0
+        assert steps[2]["actor/reward_kl_penalty_coeff"] < steps[1]["actor/reward_kl_penalty_coeff"]
+
+
+@pytest.mark.slow  # starts Ray workers
+def test_ray_equals_local_bit_for_bit_and_two_workers_to_rounding(ray_cluster, files, tmp_path, varied_reward):
+    local = train(config(*files, tmp_path / "local", *varied_reward))
+    ray = train(config(*files, tmp_path / "ray", *varied_reward, "trainer.worker_group=ray"))
+    assert ray == local
+    two = train(
+        config(*files, tmp_path / "two", *varied_reward, "trainer.worker_group=ray", "trainer.n_gpus_per_node=2")
+    )
+    for name, value in local[1].items():
+        if name.startswith(("actor/", "critic/", "riskpo/", "quantile")):
+            assert two[1][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
