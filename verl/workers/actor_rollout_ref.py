@@ -19,6 +19,9 @@ from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.hf import HFRollout
 from verl.workers.sequences import MicroBatchSpec
 
+ENGINES = {"fsdp2": FSDPEngine}
+ROLLOUTS = {"hf": HFRollout}
+
 
 class ActorRolloutRefWorker(Worker):
     """`total_steps`: optimizer steps of the run. `with_reference`: load the reference policy as well."""
@@ -33,7 +36,8 @@ class ActorRolloutRefWorker(Worker):
         """Load the model, once to train and once to sample from."""
         model, actor, rollout = self.config.model, self.config.actor, self.config.rollout
         self.tokenizer = load_tokenizer(model.path)
-        self.actor = FSDPEngine(
+        engine = ENGINES[actor.strategy]
+        self.actor = engine(
             model.path,
             self.device,
             actor.optim,
@@ -41,9 +45,9 @@ class ActorRolloutRefWorker(Worker):
             actor.grad_clip,
             model.enable_gradient_checkpointing,
         )
-        self.reference = FSDPEngine(model.path, self.device) if self.with_reference else None
+        self.reference = engine(model.path, self.device) if self.with_reference else None
         self.policy_update = PolicyUpdate(self.actor, actor, rollout.temperature)
-        self.rollout = HFRollout(
+        self.rollout = ROLLOUTS[rollout.name](
             self.actor.config,
             self.device,
             compute_dtype(self.device),

@@ -1,0 +1,52 @@
+"""What cannot work is refused before anything is loaded, by a line that names the key, its value and the remedy."""
+
+import pytest
+
+from verl.trainer.config import ConfigError, load_config
+from verl.trainer.config.validate import validate
+
+BASE = [
+    "data.train_files=a.parquet", "data.val_files=b.parquet", "actor_rollout_ref.model.path=m",
+    "data.train_batch_size=60", "actor_rollout_ref.actor.ppo_mini_batch_size=30", "actor_rollout_ref.rollout.n=8",
+    "trainer.n_gpus_per_node=2", "algorithm.bundle_size=5",
+]  # fmt: skip
+
+
+def test_a_sound_configuration_passes():
+    validate(load_config(BASE))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["algorithm.bundle_size=7"], "bundle_size.*7"),
+        (["algorithm.bundle_size=100"], "bundle_size"),
+        (["actor_rollout_ref.actor.ppo_mini_batch_size=25"], "mini_batch_size=25 does not divide .*=60: use 20 or 30"),
+        (
+            ["actor_rollout_ref.actor.ppo_mini_batch_size=1", "actor_rollout_ref.rollout.n=1",
+             "algorithm.adv_estimator=reinforce_plus_plus"],
+            "a mini-batch has 1 rows .* for 2 training workers",
+        ),
+        (["actor_rollout_ref.actor.ppo_max_token_len_per_gpu=1000"], "less than one sequence of 1024 tokens"),
+        (["algorithm.risk.alpha=0.9"], "algorithm.risk"),
+        (["algorithm.risk.beta=1.5"], "algorithm.risk.beta=1.5"),
+        (["algorithm.risk.omega=-1"], "algorithm.risk.omega=-1"),
+        (["algorithm.risk.pairing=exactly"], "algorithm.risk.pairing=exactly"),
+        (["algorithm.adv_estimator=riskop"], "algorithm.adv_estimator=riskop is not registered; did you mean riskpo"),
+        (["algorithm.adv_estimator=gae"], "critic"),
+        (["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=1"], "rollout.n must be at least 2"),
+        (["actor_rollout_ref.actor.policy_loss.loss_mode=ppo"], "loss_mode=ppo is not registered"),
+        (["actor_rollout_ref.actor.loss_agg_mode=mean"], "loss_agg_mode=mean: use one of token-mean"),
+        (["actor_rollout_ref.rollout.temperature=0"], "rollout.temperature=0.* must be greater than 0"),
+        (["actor_rollout_ref.rollout.val_kwargs.n=4"], "greedy responses are all the same"),
+        (["actor_rollout_ref.rollout.top_p=0"], "rollout.top_p=0.0 must be in"),
+        (["actor_rollout_ref.rollout.name=sglang"], "rollout.name=sglang: use one of hf"),
+        (["trainer.logger=[consol]"], "trainer.logger has 'consol'; there are console"),
+        (["algorithm.kl_ctrl.type=linear"], "algorithm.kl_ctrl.type=linear"),
+        (["trainer.total_training_steps=0"], "trainer.total_training_steps=0 must be greater than 0"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        validate(load_config([*BASE, *overrides]))
+    assert "\n" not in str(caught.value)
