@@ -25,7 +25,7 @@ from verl.protocol import DataProto, object_array
 from verl.trainer.config.schema import AlgorithmConfig, RiskConfig
 from verl.trainer.ppo.core_algos import ADV_ESTIMATORS, get_adv_estimator
 
-SIZES = (10_200, 1_020_000)
+SIZES = (10_200, 102_000, 1_020_000)
 BUNDLE_SIZE = 5
 RESPONSES = 10
 TOKENS = 8  # RiskPO's own work does not depend on it; reading rewards and writing advantages, N x T each, does

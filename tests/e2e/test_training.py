@@ -3,6 +3,8 @@
 import itertools
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +148,19 @@ def test_other_estimators_and_losses_run_through_the_trainer(files, tmp_path, va
         assert abs(steps[1]["actor/reward_kl_penalty"]) < 1e-6 < abs(steps[2]["actor/reward_kl_penalty"])
         assert steps[2]["actor/kl_loss"] > 0
         assert steps[2]["actor/reward_kl_penalty_coeff"] < steps[1]["actor/reward_kl_penalty_coeff"]
+
+
+def test_the_readmes_estimator_and_reward_work(files, tmp_path):
+    blocks = re.findall(
+        r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    for name, block in zip(("reward.py", "estimator.py"), blocks, strict=True):
+        (tmp_path / name).write_text(block)
+    options = [f"custom_reward_function.path={tmp_path}/reward.py", f"trainer.plugins=[{tmp_path}/estimator.py]"]
+    options += ["algorithm.adv_estimator=running_mean", "trainer.save_freq=3"]
+    steps = train(config(*files, tmp_path / "run", *options))
+    state = torch.load(tmp_path / "run/checkpoints/global_step_3/trainer.pt", weights_only=False)
+    assert state["estimator"] == {"mean": steps[-1]["running_mean/value"]}
 
 
 @pytest.mark.slow  # starts Ray workers

@@ -12,6 +12,7 @@ from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward
 from verl.trainer.ppo.validation import Validator
 from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.plugins import load_plugins
 from verl.utils.report import print_report
 from verl.utils.tokenizer import load_tokenizer
 from verl.utils.tracking import Tracking
@@ -20,6 +21,7 @@ from verl.workers.actor_rollout_ref import ActorRolloutRefWorker
 
 def build(config: PPOConfig) -> RayPPOTrainer:
     """Everything up to the first step, cheap checks first. Raises ValueError for what the user can mend."""
+    load_plugins(config.trainer.plugins)
     validate(config)
     tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
     train = RLHFDataset(config.data.train_files, tokenizer, config.data, "data.train_files")
@@ -39,7 +41,12 @@ def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:
     actor = config.actor_rollout_ref.actor
     optimizer_steps = training_steps * actor.ppo_epochs * (config.data.train_batch_size // actor.ppo_mini_batch_size)
     return create_worker_group(
-        config.trainer, ActorRolloutRefWorker, config.actor_rollout_ref, optimizer_steps, needs_reference(config)
+        config.trainer,
+        ActorRolloutRefWorker,
+        config.actor_rollout_ref,
+        optimizer_steps,
+        needs_reference(config),
+        [str(Path(file).resolve()) for file in config.trainer.plugins],
     )
 
 

@@ -12,6 +12,7 @@ from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.utils.device import compute_dtype
+from verl.utils.plugins import load_plugins
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.fsdp_engine import FSDPEngine
 from verl.workers.policy_update import PolicyUpdate
@@ -24,16 +25,21 @@ ROLLOUTS = {"hf": HFRollout}
 
 
 class ActorRolloutRefWorker(Worker):
-    """`total_steps`: optimizer steps of the run. `with_reference`: load the reference policy as well."""
+    """`total_steps`: optimizer steps of the run. `with_reference`: load the reference policy as well.
+    `plugins`: files to import."""
 
-    def __init__(self, config: ActorRolloutRefConfig, total_steps: int, with_reference: bool) -> None:
+    def __init__(
+        self, config: ActorRolloutRefConfig, total_steps: int, with_reference: bool, plugins: list[str]
+    ) -> None:
         self.config = config
         self.total_steps = total_steps
         self.with_reference = with_reference
+        self.plugins = plugins
 
     @register(Dispatch.ALL)
     def init_model(self) -> None:
         """Load the model, once to train and once to sample from."""
+        load_plugins(self.plugins)
         model, actor, rollout = self.config.model, self.config.actor, self.config.rollout
         self.tokenizer = load_tokenizer(model.path)
         engine = ENGINES[actor.strategy]

@@ -61,7 +61,7 @@ class FSDPEngine:
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         disable_progress_bar()
         lm = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-        self.config = lm.config
+        self.config, self.generation_config = lm.config, lm.generation_config
         if gradient_checkpointing and optim is not None:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         lm.train(optim is not None)
@@ -164,6 +164,7 @@ class FSDPEngine:
         if rank == 0:
             with torch.device("meta"):
                 skeleton = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+            skeleton.generation_config = self.generation_config
             skeleton.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
 

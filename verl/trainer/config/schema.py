@@ -240,6 +240,7 @@ class TrainerConfig:
     test_freq: int = key(-1, "Validate every so many steps; -1: at the end only.")
     save_freq: int = key(-1, "Save a checkpoint every so many steps; -1: never.")
     resume_mode: str = key("auto", "`auto`: go on from the newest complete checkpoint; `disable`: start anew.")
+    plugins: list[str] = key([], "Python files imported by driver and workers, with estimators or losses of your own.")
     log_val_generations: int = key(0, "Validation samples shown in the tracker.")
 
 

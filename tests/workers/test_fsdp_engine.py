@@ -1,0 +1,128 @@
+"""The engine's checkpoints and exports, its refusals, and its guard against gradients that are not finite."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from data_processing import make_tiny_model
+from verl.single_controller.dispatch import Dispatch, register
+from verl.single_controller.worker import Worker
+from verl.single_controller.worker_group import LocalWorkerGroup
+from verl.trainer.config.schema import OptimConfig
+from verl.workers.fsdp_engine import FSDPEngine
+
+
+class EngineWorker(Worker):
+    @register(Dispatch.ALL)
+    def build(self, model_path: str) -> None:
+        optim = OptimConfig(lr=1e-2, lr_scheduler_type="linear", lr_warmup_steps=2)
+        self.engine = FSDPEngine(model_path, self.device, optim, total_steps=10)
+
+    @register(Dispatch.ALL)
+    def step(self, seed: int, poison: bool = False) -> dict[str, float]:
+        """One optimizer step on random data, the same on every worker."""
+        generator = torch.Generator().manual_seed(seed)
+        loss = torch.zeros(())
+        for parameter in self.engine.model.parameters():
+            full = parameter.full_tensor()
+            loss = loss + (full * torch.randn(full.shape, generator=generator)).sum()
+        self.engine.backward(loss * (float("nan") if poison else 1.0) / self.world_size)
+        return self.engine.step()
+
+    @register(Dispatch.ALL)
+    def save(self, folder) -> None:
+        self.engine.save(folder)
+
+    @register(Dispatch.ALL)
+    def load(self, folder) -> None:
+        self.engine.load(folder)
+
+    @register(Dispatch.ALL)
+    def export(self, folder, model_path) -> None:
+        self.engine.export(folder, AutoTokenizer.from_pretrained(model_path))
+
+    @register(Dispatch.RANK_ZERO)
+    def weights(self) -> dict[str, torch.Tensor]:
+        return {name: tensor.clone() for name, tensor in self.engine.full_parameters()}
+
+
+@pytest.fixture
+def start(tiny_model):
+    groups = []
+
+    def local(model=tiny_model) -> LocalWorkerGroup:
+        groups.append(LocalWorkerGroup(EngineWorker, device="cpu"))
+        groups[-1].build(str(model))
+        return groups[-1]
+
+    yield local
+    for group in groups:
+        group.shutdown()
+
+
+def assert_equal(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def test_weights_are_those_of_the_folder(start, tiny_model):
+    model = AutoModelForCausalLM.from_pretrained(tiny_model)
+    assert_equal(start().weights(), dict(model.named_parameters()))
+
+
+def test_a_loaded_checkpoint_continues_bit_for_bit(start, tmp_path):
+    one = start()
+    one.step(1)
+    one.save(tmp_path)
+    metrics = one.step(2)
+    other = start()
+    other.load(tmp_path)
+    assert other.step(2) == metrics  # among them the learning rate: the scheduler is loaded as well
+    assert_equal(other.weights(), one.weights())
+
+
+def test_an_export_loads_with_transformers(start, tiny_model, tmp_path):
+    group = start()
+    group.step(1)
+    group.export(tmp_path, str(tiny_model))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_equal(dict(model.named_parameters()), group.weights())
+    start_config = AutoModelForCausalLM.from_pretrained(tiny_model).generation_config
+    assert model.generation_config.eos_token_id == start_config.eos_token_id
+    assert AutoTokenizer.from_pretrained(tmp_path).chat_template
+
+
+def test_a_checkpoint_of_another_model_is_refused(start, tmp_path):
+    start().save(tmp_path / "checkpoint")
+    make_tiny_model.main(["--output-dir", str(tmp_path / "wide"), "--hidden-size", "48", "--layers", "2"])
+    other = start(tmp_path / "wide")
+    with pytest.raises(ValueError, match="is of another model: .* is \\(.*\\) here, shape \\(.*\\) there"):
+        other.load(tmp_path / "checkpoint")
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing(start):
+    group = start()
+    group.step(1)
+    before = group.weights()
+    metrics = group.step(2, poison=True)[0]
+    assert metrics["actor/skipped_updates"] == 1 and metrics["actor/grad_norm"] != metrics["actor/grad_norm"]
+    assert_equal(group.weights(), before)
+    assert group.step(3)[0]["actor/skipped_updates"] == 0
+
+
+@pytest.mark.slow  # starts two Ray workers
+def test_a_checkpoint_of_one_worker_loads_on_two(ray_cluster, start, tiny_model, tmp_path):
+    from verl.single_controller.ray_worker_group import RayWorkerGroup
+
+    one = start()
+    one.step(1)
+    one.save(tmp_path)
+    with RayWorkerGroup(EngineWorker, n_workers_per_node=2, device="cpu") as two:
+        two.build(str(tiny_model))
+        two.load(tmp_path)
+        assert_equal(two.weights(), one.weights())
+        one.step(2)
+        two.step(2)
+        for name, tensor in one.weights().items():
+            torch.testing.assert_close(two.weights()[name], tensor, rtol=1e-5, atol=1e-6)
