@@ -24,6 +24,7 @@ import torch
 from verl.protocol import DataProto, object_array
 from verl.trainer.config.schema import AlgorithmConfig, RiskConfig
 from verl.trainer.ppo.core_algos import ADV_ESTIMATORS, get_adv_estimator
+from verl.trainer.ppo.registry import one_thread
 
 SIZES = (10_200, 102_000, 1_020_000)
 BUNDLE_SIZE = 5
@@ -103,12 +104,12 @@ def _status_mib(field: str) -> float:
     raise ValueError(f"/proc/self/status has no {field}; memory is measured on Linux only, use --no-memory")
 
 
+@one_thread()
 def memory_growth(num_responses: int) -> dict[str, float]:
     """Of RiskPO's first call in this process: by how much the peak of resident memory exceeds what was in use, in MiB.
 
     Run it in a new process: memory that an earlier call has given back to the allocator would hide the growth.
     """
-    torch.set_num_threads(1)
     small, small_batch = make_estimator("riskpo", make_batch(BUNDLE_SIZE * RESPONSES, TOKENS), {})
     small(small_batch)  # loads what is loaded once
     batch = make_batch(num_responses, TOKENS)
@@ -153,8 +154,8 @@ def _lines(path: Path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
 
 
+@one_thread()
 def measure(sizes: list[int], repeat: int, memory: bool) -> dict[str, Any]:
-    torch.set_num_threads(1)
     report: dict[str, Any] = {
         "machine": machine(),
         "bundle_size": BUNDLE_SIZE,

@@ -30,19 +30,25 @@ def config(data, model, folder, *extra: str) -> SFTConfig:
     )
 
 
-def test_the_loss_is_the_mean_over_tokens(arithmetic_data, tiny_model, tmp_path):
-    trainer = build(config(arithmetic_data, tiny_model, tmp_path))
-    trainer.workers.init_model()
-    batch = trainer.data.batch(range(16))
-    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+@torch.no_grad()
+def reference_loss(model_path, batch) -> float:
+    """Mean negative log-probability of the response tokens by a float64 loop over rows."""
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float64)
     total, tokens = 0.0, 0
-    for row in range(16):
+    for row in range(len(batch)):
         prompt = batch["prompts"][row, batch["prompts"].shape[1] - int(batch["prompt_length"][row]) :]
         response = batch["responses"][row, : int(batch["response_mask"][row].sum())]
         log_p = torch.log_softmax(model(torch.cat([prompt, response])[None]).logits[0], -1)
         total -= float(log_p[len(prompt) - 1 : -1].gather(1, response[:, None]).sum())
         tokens += len(response)
-    assert trainer.workers.step(batch)[0]["loss"] == pytest.approx(total / tokens, rel=1e-5)
+    return total / tokens
+
+
+def test_the_loss_is_the_mean_over_tokens(arithmetic_data, tiny_model, tmp_path):
+    trainer = build(config(arithmetic_data, tiny_model, tmp_path))
+    trainer.workers.init_model()
+    batch = trainer.data.batch(range(16))
+    assert trainer.workers.step(batch)[0]["loss"] == pytest.approx(reference_loss(tiny_model, batch), rel=1e-5)
     trainer.workers.shutdown()
 
 
