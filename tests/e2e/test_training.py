@@ -1,5 +1,6 @@
 """Whole runs on a tiny model: what they log and write, and that they repeat, resume, and agree across worker groups."""
 
+import collections
 import itertools
 import json
 import math
@@ -148,6 +149,27 @@ def test_other_estimators_and_losses_run_through_the_trainer(files, tmp_path, va
         assert abs(steps[1]["actor/reward_kl_penalty"]) < 1e-6 < abs(steps[2]["actor/reward_kl_penalty"])
         assert steps[2]["actor/kl_loss"] > 0
         assert steps[2]["actor/reward_kl_penalty_coeff"] < steps[1]["actor/reward_kl_penalty_coeff"]
+
+
+def test_dynamic_sampling_fills_the_batch_with_whole_bundles(files, tmp_path):
+    """The reward is 1 for even lengths, so some questions have equal responses; the overlong penalty is on as well."""
+    (tmp_path / "even.py").write_text(
+        "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
+        "    return float(ord(solution_str[0]) % 4 == 0) if solution_str else 0.0\n"
+    )
+    options = [f"custom_reward_function.path={tmp_path}/even.py", "algorithm.filter_groups.enable=True"]
+    options += ["data.gen_batch_size=6", "+reward_model.reward_kwargs.overlong_buffer_cfg.enable=True"]
+    options += ["reward_model.reward_kwargs.overlong_buffer_cfg.len=4", "actor_rollout_ref.rollout.n=2"]
+    steps = train(config(*files, tmp_path / "run", *options))
+    assert any(step["filter_groups/num_gen_batches"] > 2 for step in steps[1:])
+    assert all(0 < step["filter_groups/kept_share"] < 1 for step in steps[1:])
+    assert all(step["reward/overlong_penalty"] < 0 for step in steps[1:])
+    for number in (1, 2, 3):
+        rows = (tmp_path / "run" / "samples" / f"train_step_{number}.jsonl").read_text().splitlines()
+        bundles = collections.Counter(json.loads(row)["bundle"] for row in rows)
+        assert list(bundles.values()) == [3 * 2] * 4
+    with pytest.raises(RuntimeError, match="step 1: 1 batches of questions .* rows: the questions are too easy or too"):
+        train(config(*files, tmp_path / "short", *options, "algorithm.filter_groups.max_num_gen_batches=1"))
 
 
 def test_the_readmes_estimator_and_reward_work(files, tmp_path):

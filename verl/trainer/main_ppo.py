@@ -26,10 +26,11 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
     train = RLHFDataset(config.data.train_files, tokenizer, config.data, "data.train_files")
     val = RLHFDataset(config.data.val_files, tokenizer, config.data, "data.val_files")
-    loader = StatefulLoader(train, config.data.train_batch_size, config.data.seed, config.data.shuffle)
+    batch_size = config.data.gen_batch_size or config.data.train_batch_size
+    loader = StatefulLoader(train, batch_size, config.data.seed, config.data.shuffle)
     reward_function = load_reward(config)
     check_reward(reward_function, [train, val])
-    reward = RewardManager(reward_function)
+    reward = RewardManager(reward_function, config.reward_model.reward_kwargs.overlong_buffer_cfg)
     actor = start_actor(config, total_training_steps(config, len(loader)))
     tracking = Tracking.from_config(config)
     validator = Validator(config, actor, val, reward, tokenizer, tracking)

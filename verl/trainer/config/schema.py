@@ -31,6 +31,9 @@ class DataConfig:
     train_files: Any = key(MISSING, "Training rows: one parquet or JSONL file, or a list of them.")
     val_files: Any = key(MISSING, "Validation rows: one parquet or JSONL file, or a list of them.")
     train_batch_size: int = key(1024, "Questions per training step.")
+    gen_batch_size: int | None = key(
+        None, "Questions sampled at a time under `algorithm.filter_groups`; null: `train_batch_size`."
+    )
     max_prompt_length: int = key(512, "Longest prompt, in tokens.")
     max_response_length: int = key(512, "Longest response, in tokens.")
     truncation: str = key("error", "What happens to a longer prompt: `error`, `left` or `right` (which end is cut).")
@@ -173,6 +176,13 @@ class KLCtrlConfig:
 
 
 @dataclass
+class FilterGroupsConfig:
+    enable: bool = key(False, "DAPO's dynamic sampling: drop questions (bundles) whose responses score the same.")
+    metric: str = key("acc", "What must differ: `acc`, `score`, or `seq_reward` (with the overlong penalty).")
+    max_num_gen_batches: int = key(0, "Most batches sampled to fill one step; 0: no limit.")
+
+
+@dataclass
 class AlgorithmConfig:
     adv_estimator: str = key("riskpo", "Advantage estimator by its registered name.")
     gamma: float = key(1.0, "Discount per token.")
@@ -184,6 +194,7 @@ class AlgorithmConfig:
     use_kl_in_reward: bool = key(False, "Subtract the KL divergence from the reference policy from the rewards.")
     kl_penalty: str = key("kl", "Its estimator: `kl`, `abs`, `mse` or `low_var_kl`.")
     kl_ctrl: KLCtrlConfig = section(KLCtrlConfig)
+    filter_groups: FilterGroupsConfig = section(FilterGroupsConfig)
     bundle_size: int = key(5, "Questions per bundle.")
     lr_q: float = key(
         0.1,
@@ -220,6 +231,23 @@ class CustomRewardConfig:
     reward_kwargs: dict[str, Any] = key({}, "Keyword arguments handed to it.")
 
 
+@dataclass
+class OverlongBufferConfig:
+    enable: bool = key(False, "DAPO's overlong penalty on the score of responses that end close to the limit.")
+    len: int = key(0, "Tokens before `data.max_response_length` over which the penalty grows to its full size.")
+    penalty_factor: float = key(1.0, "Its full size, subtracted from the score.")
+
+
+@dataclass
+class RewardKwargsConfig:
+    overlong_buffer_cfg: OverlongBufferConfig = section(OverlongBufferConfig)
+
+
+@dataclass
+class RewardModelConfig:
+    reward_kwargs: RewardKwargsConfig = section(RewardKwargsConfig)
+
+
 # ------------------------------------------------------------------------------------------------------- trainer
 @dataclass
 class TrainerConfig:
@@ -251,6 +279,7 @@ class PPOConfig:
     data: DataConfig = section(DataConfig)
     actor_rollout_ref: ActorRolloutRefConfig = section(ActorRolloutRefConfig)
     algorithm: AlgorithmConfig = section(AlgorithmConfig)
+    reward_model: RewardModelConfig = section(RewardModelConfig)
     custom_reward_function: CustomRewardConfig = section(CustomRewardConfig)
     trainer: TrainerConfig = section(TrainerConfig)
 

@@ -15,10 +15,12 @@ CHOICES = {
     "actor_rollout_ref.actor.optim.lr_scheduler_type": ("constant", "linear", "cosine"),
     "actor_rollout_ref.rollout.name": ("hf",),
     "algorithm.kl_penalty": KL_KINDS,
+    "algorithm.filter_groups.metric": ("acc", "score", "seq_reward"),
     "trainer.resume_mode": ("auto", "disable"),
 }
 POSITIVE = (
     "data.train_batch_size",
+    "data.gen_batch_size",
     "data.max_prompt_length",
     "data.max_response_length",
     "actor_rollout_ref.actor.ppo_mini_batch_size",
@@ -66,6 +68,7 @@ def validate(config: PPOConfig) -> None:
     _check_sampling(config)
     _check_batches(config)
     _check_token_budgets(config)
+    _check_filters(config)
     _check_algorithm(config)
 
 
@@ -136,6 +139,23 @@ def _check_token_budgets(config: PPOConfig) -> None:
             )
 
 
+def _check_filters(config: PPOConfig) -> None:
+    filters, gen_batch_size = config.algorithm.filter_groups, config.data.gen_batch_size
+    if gen_batch_size is not None and not filters.enable and gen_batch_size != config.data.train_batch_size:
+        raise ConfigError(
+            f"data.gen_batch_size={gen_batch_size} has a meaning under algorithm.filter_groups.enable=True alone: "
+            "set that, or leave it out"
+        )
+    if filters.max_num_gen_batches < 0:
+        raise ConfigError(f"algorithm.filter_groups.max_num_gen_batches={filters.max_num_gen_batches}: use 0 or more")
+    overlong, longest = config.reward_model.reward_kwargs.overlong_buffer_cfg, config.data.max_response_length
+    if overlong.enable and not 0 < overlong.len <= longest:
+        raise ConfigError(
+            f"reward_model.reward_kwargs.overlong_buffer_cfg.len={overlong.len} must be in "
+            f"1..data.max_response_length={longest}"
+        )
+
+
 def _check_algorithm(config: PPOConfig) -> None:
     algorithm, actor = config.algorithm, config.actor_rollout_ref.actor
     try:
@@ -146,7 +166,8 @@ def _check_algorithm(config: PPOConfig) -> None:
             raise ConfigError(
                 f"algorithm.adv_estimator={algorithm.adv_estimator} needs a critic, which is not built yet"
             )
-        estimator.check_num_questions(config.data.train_batch_size)
+        for questions in {config.data.train_batch_size, config.data.gen_batch_size or config.data.train_batch_size}:
+            estimator.check_num_questions(questions)
         get_policy_loss(actor.policy_loss.loss_mode)
         get_kl_controller(algorithm.kl_ctrl)
     except ValueError as error:

@@ -36,6 +36,18 @@ def generate(actor: WorkerGroup, batch: DataProto, params: SamplingParams, n: in
     return batch.with_columns(**output.columns())
 
 
+def concat_prompts(parts: list[DataProto]) -> DataProto:
+    """The rows of all parts, in order; prompts are padded on the left to the longest of all."""
+    longest = max(part["prompts"].shape[1] for part in parts)
+    padded = []
+    for part in parts:
+        prompts = part["prompts"]
+        # What stands in the padding is never read.
+        prompts = torch.nn.functional.pad(prompts, (longest - prompts.shape[1], 0))
+        padded.append(part.with_columns(prompts=prompts))
+    return DataProto.concat(padded)
+
+
 def decode_responses(tokenizer: Any, batch: DataProto) -> list[str]:
     """The text of each response, special tokens left out."""
     rows = [ids[mask].tolist() for ids, mask in zip(batch["responses"], batch["response_mask"], strict=True)]

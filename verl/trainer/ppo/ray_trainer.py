@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from verl.protocol import DataProto, object_array
+from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.collect import Collector
 from verl.trainer.ppo.core_algos import get_adv_estimator
-from verl.trainer.ppo.generation import decode_responses, expand, generate
 from verl.trainer.ppo.kl import apply_kl_penalty, get_kl_controller
 from verl.trainer.ppo.metrics import compute_data_metrics, compute_timing_metrics
 from verl.trainer.ppo.policy_losses import select_tokens
@@ -26,7 +26,6 @@ from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.timer import Timer
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
-from verl.workers.rollout.base import SamplingParams
 
 # The columns from which a model computes log-probabilities.
 TOKENS = ["prompts", "prompt_length", "responses", "response_mask"]
@@ -59,14 +58,13 @@ class RayPPOTrainer:
         self.config = config
         self.actor = actor
         self.loader = loader
-        self.reward = reward
         self.validator = validator
-        self.tokenizer = tokenizer
         self.tracking = tracking
         algorithm = config.algorithm
         self.estimator = get_adv_estimator(
             algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
         )
+        self.collect = Collector(config, actor, loader, self.estimator, reward, tokenizer)
         self.kl_controller = get_kl_controller(algorithm.kl_ctrl)
         self.with_reference = needs_reference(config)
         self.checkpoints = CheckpointFolder(Path(config.trainer.default_local_dir) / "checkpoints")
@@ -87,7 +85,7 @@ class RayPPOTrainer:
             self.step += 1
             timer = Timer()
             with timer("step"):
-                batch, metrics = self.train_step(next(self.loader), timer)
+                batch, metrics = self.train_step(timer)
                 last = self.step == self.total_steps
                 if last or (trainer.test_freq > 0 and self.step % trainer.test_freq == 0):
                     with timer("testing"):
@@ -103,18 +101,12 @@ class RayPPOTrainer:
                 # Only now does the checkpoint count: what a run resumed from it has logged is what it has done.
                 self.checkpoints.commit(self.step)
 
-    def train_step(self, questions: DataProto, timer: Timer) -> tuple[DataProto, dict[str, float]]:
-        """One step on Q questions: sample, score, advantages, update. Returns the N = Q * n rows and the metrics."""
-        rollout = self.config.actor_rollout_ref.rollout
-        questions = self._name(questions)
-        batch = expand(questions, rollout.n, self.config.trainer.seed, self.step)
-        with timer("gen"):
-            batch = generate(self.actor, batch, self._sampling(), rollout.n)
-        with timer("reward"):
-            batch, metrics = self._score(batch)
+    def train_step(self, timer: Timer) -> tuple[DataProto, dict[str, float]]:
+        """One step: sample, score, advantages, update. Returns the N = questions * n rows and the metrics."""
+        batch, metrics = self.collect(self.step, timer)
         if self.estimator.needs_greedy_baseline:
             with timer("gen_max"):
-                batch = batch.with_columns(reward_baselines=self._greedy_rewards(questions))
+                batch = batch.with_columns(reward_baselines=self.collect.greedy_rewards(batch))
         plan = UpdatePlan.make(batch, self.config, self.actor.world_size)
         batch = batch.with_columns(mini_batch=plan.mini_batch)
         batch.meta_info["n_mini_batches"] = plan.n_mini_batches
@@ -141,33 +133,6 @@ class RayPPOTrainer:
         return batch, metrics
 
     # -- stages of a step
-    def _name(self, questions: DataProto) -> DataProto:
-        """The questions of the step with a `uid`, and a `bundle_uid` where the estimator bundles."""
-        uid = object_array([f"{self.step}-{i}" for i in range(len(questions))])
-        questions = questions.with_columns(uid=uid)
-        if self.estimator.needs_bundles:
-            bundle_uid = self.estimator.assign_bundles(uid, questions["question_id"], self.step)
-            questions = questions.with_columns(bundle_uid=bundle_uid)
-            questions = questions.select_rows(bundle_uid != "")  # those left over, under bundle_remainder=drop
-        return questions
-
-    def _sampling(self, greedy: bool = False) -> SamplingParams:
-        rollout = self.config.actor_rollout_ref.rollout
-        return SamplingParams(
-            self.config.data.max_response_length, rollout.temperature, rollout.top_p, rollout.top_k, greedy
-        )
-
-    def _greedy_rewards(self, questions: DataProto) -> torch.Tensor:
-        """(N,) float32: the reward of the greedy response to each row's question."""
-        batch = expand(questions, 1, self.config.trainer.seed, self.step)
-        batch, _ = self._score(generate(self.actor, batch, self._sampling(greedy=True), 1))
-        return batch["token_level_scores"].sum(1).repeat_interleave(self.config.actor_rollout_ref.rollout.n)
-
-    def _score(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
-        texts = decode_responses(self.tokenizer, batch)
-        scores, extras, metrics = self.reward(batch, texts)
-        return batch.with_columns(token_level_scores=scores, response_text=object_array(texts), **extras), metrics
-
     def _token_rewards(self, batch: DataProto, metrics: dict[str, float]) -> DataProto:
         """Token rewards: the scores, less the KL penalty if it is in the reward."""
         algorithm = self.config.algorithm

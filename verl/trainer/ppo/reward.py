@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto, object_array
-from verl.trainer.config.schema import PPOConfig
+from verl.trainer.config.schema import OverlongBufferConfig, PPOConfig
 from verl.utils import reward_score
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
@@ -193,8 +193,9 @@ def describe(error: Exception) -> str:
 class RewardManager:
     """Scores batches in this process; a call that fails scores 0, is counted, and is logged once per message."""
 
-    def __init__(self, reward: RewardFunction):
+    def __init__(self, reward: RewardFunction, overlong: OverlongBufferConfig | None = None):
         self.reward = reward
+        self.overlong = overlong
         self._logged: set[str] = set()
 
     def __call__(
@@ -204,7 +205,7 @@ class RewardManager:
         `response_mask` (N, T).
 
         Returns
-         - token-level scores (N, T) float32: the score at the last response token, 0 elsewhere;
+         - token-level scores (N, T) float32: the score, less the overlong penalty, at the last response token;
          - extras, each (N,): `score` and `acc` (the function's, or else the score; float64), `pred` (the answer read,
            None if there is none to read; the response itself for a function that reads none), and the function's other
            fields as `reward_extra/{name}` (None where a row has none);
@@ -222,7 +223,12 @@ class RewardManager:
                 self._log(outcome.message)
         scores = torch.tensor([outcome.score for outcome in outcomes], dtype=torch.float32)
         extras, extra_metrics = _extras(outcomes, responses)
-        return at_last_token(scores, batch["response_mask"]), extras, metrics | extra_metrics
+        mask = batch["response_mask"]
+        if self.overlong is not None and self.overlong.enable:
+            penalty = overlong_penalty(mask.sum(1), mask.shape[1], self.overlong)
+            metrics |= {"reward/overlong_penalty": float(penalty.mean()), "reward/overlong": float((penalty < 0).sum())}
+            scores = scores + penalty
+        return at_last_token(scores, mask), extras, metrics | extra_metrics
 
     def _log(self, message: str) -> None:
         if message in self._logged or len(self._logged) > MAX_MESSAGES:
@@ -232,6 +238,13 @@ class RewardManager:
             logger.warning("%s: further messages are not logged; reward/exceptions still counts them", self.reward)
         else:
             logger.warning("%s failed, the response scores 0: %s", self.reward, message)
+
+
+def overlong_penalty(lengths: torch.Tensor, max_length: int, config: OverlongBufferConfig) -> torch.Tensor:
+    """Soft overlong punishment (arXiv 2503.14476, eq. 13): 0 up to `max_length - len`, then falling linearly to
+    -penalty_factor at `max_length`. lengths (N,) tokens -> (N,) float32."""
+    beyond = (lengths - (max_length - config.len)).clamp(min=0)
+    return -config.penalty_factor * beyond.float() / config.len
 
 
 def at_last_token(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Tensor:

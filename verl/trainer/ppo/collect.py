@@ -1,0 +1,133 @@
+"""From questions to scored responses: sampling, rewards, and DAPO's dynamic sampling (arXiv 2503.14476).
+
+With `algorithm.filter_groups.enable`, questions whose responses all have the same metric are dropped, and further ones
+are sampled until the batch is full. Under an estimator that bundles, a bundle is the unit: it is dropped when none of
+its questions has unequal responses, and kept whole otherwise.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from verl.protocol import DataProto, object_array
+from verl.single_controller.worker_group import WorkerGroup
+from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.generation import concat_prompts, decode_responses, expand, generate
+from verl.trainer.ppo.groups import Groups
+from verl.trainer.ppo.registry import AdvantageEstimator
+from verl.trainer.ppo.reward import RewardManager
+from verl.utils.dataset.loader import StatefulLoader
+from verl.utils.timer import Timer
+from verl.workers.rollout.base import SamplingParams
+
+
+class Collector:
+    """Called with a step: takes questions from the loader, samples n responses to each, scores them, filters.
+
+    Returns N rows, a question's neighbours, with the columns of `expand`, `generate` and `RewardManager`, and
+    `token_level_scores` (N, T) and `response_text`; and the metrics.
+    """
+
+    def __init__(
+        self,
+        config: PPOConfig,
+        actor: WorkerGroup,
+        loader: StatefulLoader,
+        estimator: AdvantageEstimator,
+        reward: RewardManager,
+        tokenizer: Any,
+    ) -> None:
+        self.config = config
+        self.actor = actor
+        self.loader = loader
+        self.estimator = estimator
+        self.reward = reward
+        self.tokenizer = tokenizer
+
+    def __call__(self, step: int, timer: Timer) -> tuple[DataProto, dict[str, float]]:
+        filters = self.config.algorithm.filter_groups
+        if not filters.enable:
+            return self._sample(step, 0, timer)
+        wanted = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
+        kept: list[DataProto] = []
+        sampled = 0
+        while sum(map(len, kept)) < wanted:
+            if filters.max_num_gen_batches > 0 and len(kept) == filters.max_num_gen_batches:
+                raise RuntimeError(
+                    f"step {step}: {len(kept)} batches of questions (algorithm.filter_groups.max_num_gen_batches) left "
+                    f"{sum(map(len, kept))} of {wanted} rows: the questions are too easy or too hard, raise the limit "
+                    "or data.gen_batch_size"
+                )
+            batch, metrics = self._sample(step, len(kept), timer)
+            sampled += len(batch)
+            kept.append(batch.select_rows(informative_rows(batch, filters.metric)))
+        metrics |= {
+            "filter_groups/num_gen_batches": float(len(kept)),
+            "filter_groups/kept_share": sum(map(len, kept)) / sampled,
+        }
+        return first_units(concat_prompts(kept), wanted), metrics
+
+    def greedy_rewards(self, batch: DataProto) -> torch.Tensor:
+        """(N,) float32: the reward of the greedy response to each row's question."""
+        n = self.config.actor_rollout_ref.rollout.n
+        questions = batch.select_rows(batch["sample_index"] == 0)
+        questions = questions.select(["prompts", "prompt_length", "uid", "data_source", "ground_truth", "extra_info"])
+        single = expand(questions, 1, self.config.trainer.seed, batch.meta_info["step"])
+        scored, _ = self._score(generate(self.actor, single, self._sampling_params(greedy=True), 1))
+        return scored["token_level_scores"].sum(1).repeat_interleave(n)
+
+    def _sample(self, step: int, part: int, timer: Timer) -> tuple[DataProto, dict[str, float]]:
+        """Responses to the next questions of the loader; `part` counts the loader's batches within the step."""
+        n = self.config.actor_rollout_ref.rollout.n
+        batch = expand(self._name(next(self.loader), step, part), n, self.config.trainer.seed, step)
+        with timer("gen"):
+            batch = generate(self.actor, batch, self._sampling_params(), n)
+        with timer("reward"):
+            return self._score(batch)
+
+    def _name(self, questions: DataProto, step: int, part: int) -> DataProto:
+        """The questions with a `uid`, and a `bundle_uid` where the estimator bundles."""
+        uid = object_array([f"{step}-{part}-{i}" for i in range(len(questions))])
+        questions = questions.with_columns(uid=uid)
+        if not self.estimator.needs_bundles:
+            return questions
+        bundle = self.estimator.assign_bundles(uid, questions["question_id"], step)
+        names = object_array([f"{part}-{name}" if name else "" for name in bundle.tolist()])
+        # A question without a bundle is left over, under bundle_remainder=drop.
+        return questions.with_columns(bundle_uid=names).select_rows(bundle != "")
+
+    def _sampling_params(self, greedy: bool = False) -> SamplingParams:
+        rollout = self.config.actor_rollout_ref.rollout
+        max_tokens = self.config.data.max_response_length
+        return SamplingParams(max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, greedy)
+
+    def _score(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
+        texts = decode_responses(self.tokenizer, batch)
+        scores, extras, metrics = self.reward(batch, texts)
+        return batch.with_columns(token_level_scores=scores, response_text=object_array(texts), **extras), metrics
+
+
+def informative_rows(batch: DataProto, metric: str) -> np.ndarray:
+    """(N,) bool: rows of the units (bundles, or else questions) in which a question's responses differ in `metric`.
+
+    `metric` is `acc`, `score` (what the reward function returned), or `seq_reward` (what is trained on).
+    """
+    values = batch["token_level_scores"].sum(1) if metric == "seq_reward" else torch.from_numpy(batch[metric])
+    questions = Groups(batch["uid"])
+    differs = questions.spread((questions.max(values) > questions.min(values)).double())
+    units = Groups(_units(batch))
+    return (units.spread(units.max(differs)) > 0).numpy()
+
+
+def first_units(batch: DataProto, rows: int) -> DataProto:
+    """The first whole units, in the order of their first row, that fill `rows` rows."""
+    units = _units(batch)
+    names, first, counts = np.unique(units.astype(str), return_index=True, return_counts=True)
+    order = np.argsort(first)
+    taken = order[np.cumsum(counts[order]) <= rows]
+    return batch.select_rows(np.isin(units.astype(str), names[taken]))
+
+
+def _units(batch: DataProto) -> np.ndarray:
+    return batch["bundle_uid"] if "bundle_uid" in batch else batch["uid"]
