@@ -104,8 +104,8 @@ def variances(bundle_size: int, responses: int, omega: float = 1.5, bundles: int
     rewards = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) < p[:, None]).double()
     layout = BundleLayout(torch.arange(rewards.numel()).view(shape))
     flat = rewards.flatten()
-    exact = ExactPairing.build(layout, flat, bundle_size)
-    assert exact is not None  # 0/1 rewards have bundle_size + 1 sums
+    exact = ExactPairing.build(layout, flat, bundle_size, max_support=bundle_size + 1)
+    assert exact is not None
     found = {}
     for name, pairing in (("paired", SampledPairing(layout, flat, bundle_size, 1, None)), ("exact", exact)):
         credit, baseline = pairing.credit(advantage)

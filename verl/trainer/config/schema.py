@@ -160,6 +160,9 @@ class RiskConfig:
     )
     pairing: str = key("exact", "Which responses meet: `exact` (expectation over all), `permute` or `aligned`.")
     num_pairings: int = key(1, "Independent pairings averaged by `permute`.")
+    max_support: int = key(
+        512, "Most possible bundle scores for `exact`; beyond it `num_pairings` permutations are used, with a warning."
+    )
     baseline: str = key("leave_one_out", "Subtracted from the credit: `leave_one_out` or `none`.")
     adv_norm: str = key("none", "`none`, or `batch`: divide by the batch's standard deviation of advantages.")
     quantile_source: str = key("tracked", "Quantiles used: `tracked`, `batch` or `mixed` (their mean).")

@@ -90,11 +90,13 @@ class ExactPairing(Pairing):
         self.encoded = encoded
 
     @classmethod
-    def build(cls, layout: BundleLayout, rewards: torch.Tensor, bundle_size: int) -> "ExactPairing | None":
-        """None if the scores have too many possible values."""
+    def build(
+        cls, layout: BundleLayout, rewards: torch.Tensor, bundle_size: int, max_support: int
+    ) -> "ExactPairing | None":
+        """None if the scores have more than `max_support` possible values."""
         encoded = {}
         for size, part in _by_size(layout, bundle_size).items():
-            found = EncodedRewards.encode(part.gather(rewards), part.valid, size)
+            found = EncodedRewards.encode(part.gather(rewards), part.valid, size, max_support)
             if found is None:
                 return None
             encoded[size] = found
@@ -174,10 +176,12 @@ class ExactSameQuestion(Pairing):
         self.encoded = encoded
 
     @classmethod
-    def build(cls, layout: BundleLayout, rewards: torch.Tensor, bundle_size: int) -> "ExactSameQuestion | None":
-        """None if the scores have too many possible values."""
+    def build(
+        cls, layout: BundleLayout, rewards: torch.Tensor, bundle_size: int, max_support: int
+    ) -> "ExactSameQuestion | None":
+        """None if the scores have more than `max_support` possible values."""
         _require_responses(layout, bundle_size)
-        encoded = EncodedRewards.encode(layout.gather(rewards), layout.valid, bundle_size)
+        encoded = EncodedRewards.encode(layout.gather(rewards), layout.valid, bundle_size, max_support)
         return None if encoded is None else cls(layout, rewards, bundle_size, encoded)
 
     def score_distribution(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -248,11 +252,13 @@ def build_pairing(
     bundle_size: int,
     same_question: bool,
     num_pairings: int,
+    max_support: int,
     generator: np.random.Generator,
 ) -> Pairing:
-    """The pairing `kind` of a batch; for `exact` with too many possible scores, `permute` with `num_pairings` draws."""
+    """The pairing `kind` of a batch; for `exact` with more than `max_support` possible scores, `permute` with
+    `num_pairings` draws."""
     if kind == "exact":
-        exact = (ExactSameQuestion if same_question else ExactPairing).build(layout, rewards, bundle_size)
+        exact = (ExactSameQuestion if same_question else ExactPairing).build(layout, rewards, bundle_size, max_support)
         if exact is not None:
             return exact
     sampled = SampledSameQuestion if same_question else SampledPairing
