@@ -88,7 +88,8 @@ class Collector:
 
     def _name(self, questions: DataProto, step: int, part: int) -> DataProto:
         """The questions with a `uid`, and a `bundle_uid` where the estimator bundles."""
-        uid = object_array([f"{step}-{part}-{i}" for i in range(len(questions))])
+        first = part * self.loader.batch_size
+        uid = object_array([f"{step}-{first + i}" for i in range(len(questions))])
         questions = questions.with_columns(uid=uid)
         if not self.estimator.needs_bundles:
             return questions
