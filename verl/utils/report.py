@@ -25,10 +25,11 @@ def validation_table(run_dir: Path) -> Table | None:
     first, last = steps[0], steps[-1]
     names = {m["what"]: m["n"] for name in last if (m := MEAN.fullmatch(name))}
     counts = sorted({*names.values()}, key=int)
-    table = Table(title=f"validation accuracy, step {first['step']} → {last['step']}", title_justify="left")
+    shown = [first] if first is last else [first, last]
+    steps_shown = " → ".join(str(step["step"]) for step in shown)
+    table = Table(title=f"validation accuracy, step {steps_shown}", title_justify="left")
     for column in ("", *(f"{measure}@{n}" for n in counts for measure in ("mean", "pass"))):
         table.add_column(column, justify="right" if column else "left")
-    shown = [first] if first is last else [first, last]
     for what, n in names.items():
         cells = {column.header: "" for column in table.columns[1:]}
         prefix = next(p for p in (f"val-core/{what}/acc", f"val-aux/{what}/acc") if f"{p}/mean@{n}" in last)
