@@ -1,3 +1,4 @@
+import io
 import json
 
 from rich.console import Console
@@ -6,7 +7,7 @@ from verl.utils.report import validation_table
 
 
 def rendered(run_dir) -> str:
-    console = Console(width=120, record=True, quiet=True)
+    console = Console(width=120, file=io.StringIO(), record=True)
     console.print(validation_table(run_dir))
     return console.export_text()
 
