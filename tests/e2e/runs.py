@@ -6,8 +6,8 @@ from pathlib import Path
 from verl.trainer.config import PPOConfig, load_config
 from verl.trainer.main_ppo import build, run
 
-# Seconds differ from run to run; everything else that a run logs must not.
-TIMES = ("timing_s/", "perf/time_per_step", "perf/throughput")
+# Seconds and memory differ from run to run; everything else that a run logs must not.
+TIMES = ("timing_s/", "perf/time_per_step", "perf/throughput", "perf/max_")
 
 
 def overrides(data: Path, model: Path, run_dir: Path, *extra: str) -> list[str]:

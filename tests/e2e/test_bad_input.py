@@ -103,6 +103,11 @@ def test_bad_configuration(start, override, message):
     check(start(override), message)
 
 
+def test_sequences_longer_than_the_models_positions(start):
+    longer = ["data.max_response_length=2000", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=4000"]
+    check(start(*longer), "is 2016, the model at .* has 1024 positions: lower one of them")
+
+
 @pytest.mark.slow  # starts Ray
 def test_more_workers_than_cores(ray_cluster, start):
     check(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.e2e.runs import config, logged, train
 from verl.trainer.main_ppo import build, run
+from verl.utils.timer import Timer
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +46,13 @@ def test_a_run_writes_everything_that_the_documents_promise(files, tmp_path, var
 def test_the_first_ratio_of_a_step_is_one(files, tmp_path, varied_reward):
     """The engine sampled with the probabilities that the trainer computes: nothing is clipped in the first update."""
     one_update = ["actor_rollout_ref.actor.ppo_mini_batch_size=12", "actor_rollout_ref.rollout.temperature=0.8"]
+    trainer = build(config(*files, tmp_path / "one", *varied_reward, *one_update))
+    trainer.actor.init_model()
+    trainer.actor.update_weights()
+    trainer.step = 1
+    batch, _ = trainer.train_step(Timer())
+    torch.testing.assert_close(batch["rollout_log_probs"], batch["old_log_probs"], rtol=0, atol=1e-5)
+    trainer.actor.shutdown()
     for step in train(config(*files, tmp_path, *varied_reward, *one_update))[1:]:
         assert step["training/rollout_probs_diff_max"] < 1e-5
         assert abs(step["actor/ppo_kl"]) < 1e-6 and step["actor/pg_clipfrac"] == 0
@@ -56,9 +64,17 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(files, tmp_path, varied_r
     assert train(config(*files, tmp_path / "other", *varied_reward, "trainer.seed=2")) != one
 
 
-@pytest.mark.parametrize("estimator", ["riskpo", "grpo"])
-def test_a_run_stopped_and_resumed_equals_one_never_stopped(files, tmp_path, varied_reward, monkeypatch, estimator):
-    options = [*varied_reward, f"algorithm.adv_estimator={estimator}", "trainer.total_training_steps=5"]
+@pytest.mark.parametrize(
+    "kind",
+    [
+        ["algorithm.adv_estimator=riskpo"],
+        ["algorithm.adv_estimator=riskpo", "algorithm.risk.bundling=difficulty", "algorithm.risk.tracker=ema"],
+        ["algorithm.adv_estimator=grpo", "algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive"],
+    ],
+    ids=["riskpo", "difficulty", "kl"],
+)
+def test_a_run_stopped_and_resumed_equals_one_never_stopped(files, tmp_path, varied_reward, monkeypatch, kind):
+    options = [*varied_reward, *kind, "trainer.total_training_steps=5"]
     options += ["trainer.test_freq=2", "trainer.save_freq=2", "actor_rollout_ref.actor.optim.lr_scheduler_type=cosine"]
     whole = train(config(*files, tmp_path / "whole", *options))
 
@@ -91,6 +107,14 @@ def test_a_finished_run_says_so_and_changed_keys_are_named(files, tmp_path, vari
     printed = capsys.readouterr().out
     assert "all 3 steps are done already" in printed
     assert "changed since: actor_rollout_ref.actor.optim.lr=0.5 (was 0.001)" in printed
+
+
+def test_a_run_started_anew_never_resumes_the_one_before(files, tmp_path, varied_reward):
+    options = [*varied_reward, "trainer.save_freq=1", "trainer.val_before_train=False"]
+    train(config(*files, tmp_path, *options))
+    anew = [*options, "trainer.total_training_steps=1"]
+    train(config(*files, tmp_path, *anew, "trainer.resume_mode=disable"))
+    assert [step["step"] for step in train(config(*files, tmp_path, *anew))] == [1]
 
 
 def test_the_trackers_quantiles_reach_the_next_steps_advantages(files, tmp_path, varied_reward):
@@ -152,7 +176,7 @@ def test_other_estimators_and_losses_run_through_the_trainer(files, tmp_path, va
 
 
 def test_dynamic_sampling_fills_the_batch_with_whole_bundles(files, tmp_path):
-    """The reward is 1 for even lengths, so some questions have equal responses; the overlong penalty is on as well."""
+    """The reward depends on the first character, so some questions have equal responses. The overlong penalty is on."""
     (tmp_path / "even.py").write_text(
         "def compute_score(data_source, solution_str, ground_truth, extra_info=None):\n"
         "    return float(ord(solution_str[0]) % 4 == 0) if solution_str else 0.0\n"
@@ -196,3 +220,14 @@ def test_ray_equals_local_bit_for_bit_and_two_workers_to_rounding(ray_cluster, f
     for name, value in local[1].items():
         if name.startswith(("actor/", "critic/", "riskpo/", "quantile")):
             assert two[1][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
+@pytest.mark.slow  # starts Ray workers
+def test_two_ray_workers_resume_bit_for_bit(ray_cluster, files, tmp_path, varied_reward):
+    options = [*varied_reward, "trainer.worker_group=ray", "trainer.n_gpus_per_node=2", "trainer.save_freq=2"]
+    options += ["trainer.test_freq=2", "trainer.total_training_steps=4"]
+    whole = train(config(*files, tmp_path / "whole", *options))
+    train(config(*files, tmp_path / "parts", *options, "trainer.total_training_steps=2"))
+    assert train(config(*files, tmp_path / "parts", *options)) == whole
+    for name, tensor in weights(tmp_path / "whole", 4).items():
+        assert torch.equal(weights(tmp_path / "parts", 4)[name], tensor), name

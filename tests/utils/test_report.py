@@ -28,6 +28,13 @@ def test_the_table_sets_the_first_validation_against_the_last(tmp_path):
     assert "arithmetic level_1" in text and "0.450 → 0.950" in text
 
 
+def test_a_first_validation_of_something_else_is_left_out(tmp_path):
+    other = json.dumps({"step": 0, "val-core/arithmetic/acc/mean@4": 0.1, "val-core/arithmetic/acc/pass@4": 0.1}) + "\n"
+    (tmp_path / "metrics.jsonl").write_text(other + step(5, 0.5))
+    text = rendered(tmp_path)
+    assert "step 5" in text and "0.500 ± 0.010" in text and "→" not in text
+
+
 def test_one_validation_is_shown_alone_and_none_gives_no_table(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(step(3, 0.5))
     assert "step 3" in rendered(tmp_path) and "→" not in rendered(tmp_path)

@@ -2,14 +2,21 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
 
 from data_processing import make_tiny_model
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import LocalWorkerGroup
 from verl.trainer.config.schema import OptimConfig
-from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers.fsdp_engine import FSDPEngine, switch_off_dropout
 
 
 class EngineWorker(Worker):
@@ -109,6 +116,51 @@ def test_a_gradient_that_is_not_finite_moves_nothing(start):
     assert metrics["actor/skipped_updates"] == 1 and metrics["actor/grad_norm"] != metrics["actor/grad_norm"]
     assert_equal(group.weights(), before)
     assert group.step(3)[0]["actor/skipped_updates"] == 0
+
+
+def test_a_run_of_gradients_that_are_not_finite_stops(start):
+    group = start()
+    for seed in range(9):
+        group.step(seed, poison=True)
+    group.step(9)  # the count starts anew
+    for seed in range(9):
+        group.step(seed, poison=True)
+    with pytest.raises(RuntimeError, match="not finite in 10 updates in a row: .*max_skipped_updates"):
+        group.step(10, poison=True)
+
+
+def test_a_loaded_checkpoint_takes_the_configured_rates(start, tmp_path):
+    one = start()
+    for seed in range(4):
+        one.step(seed)
+    one.save(tmp_path)
+    other = start()
+    other.worker.engine.optim.lr, other.worker.engine.optim.weight_decay = 0.5, 0.3
+    other.load(tmp_path)
+    expected = one.step(5)[0]["actor/lr"] / 1e-2 * 0.5
+    assert other.step(5)[0]["actor/lr"] == pytest.approx(expected)
+    assert other.worker.engine.optimizer.param_groups[0]["weight_decay"] == 0.3
+
+
+def test_a_model_with_more_than_a_head_is_refused(start, tmp_path):
+    config = PhiConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=64)
+    model = PhiForCausalLM(config)
+    model.lm_head.bias.data.normal_()
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="PhiForCausalLM does more to its logits"):
+        start(tmp_path)
+
+
+def test_dropout_is_off():
+    config = OPTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16, vocab_size=64, word_embed_proj_dim=16,
+        dropout=0.5,
+    )  # fmt: skip
+    lm = OPTForCausalLM(config).train()
+    ids = torch.arange(2, 12)[None]
+    assert not torch.equal(lm(ids).logits, lm(ids).logits)
+    switch_off_dropout(lm)
+    assert lm.training and torch.equal(lm(ids).logits, lm(ids).logits)
 
 
 @pytest.mark.slow  # starts two Ray workers

@@ -3,11 +3,13 @@
 import sys
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from verl.single_controller.worker_group import WorkerGroup, create_worker_group
 from verl.trainer.cli import run_cli
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.config.validate import validate
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer, needs_reference, total_training_steps
+from verl.trainer.ppo.ray_trainer import RayPPOTrainer, check_resumable, needs_reference, total_training_steps
 from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward
 from verl.trainer.ppo.validation import Validator
 from verl.utils.dataset.loader import StatefulLoader
@@ -23,18 +25,45 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     """Everything up to the first step, cheap checks first. Raises ValueError for what the user can mend."""
     load_plugins(config.trainer.plugins)
     validate(config)
+    resolve_paths(config)
+    check_context_length(config)
     tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
     train = RLHFDataset(config.data.train_files, tokenizer, config.data, "data.train_files")
     val = RLHFDataset(config.data.val_files, tokenizer, config.data, "data.val_files")
     batch_size = config.data.gen_batch_size or config.data.train_batch_size
-    loader = StatefulLoader(train, batch_size, config.data.seed, config.data.shuffle)
+    batch_key = "gen_batch_size" if config.data.gen_batch_size else "train_batch_size"
+    loader = StatefulLoader(train, batch_size, config.data.seed, config.data.shuffle, batch_key)
     reward_function = load_reward(config)
     check_reward(reward_function, [train, val])
     reward = RewardManager(reward_function, config.reward_model.reward_kwargs.overlong_buffer_cfg)
-    actor = start_actor(config, total_training_steps(config, len(loader)))
+    check_resumable(config, loader)
     tracking = Tracking.from_config(config)
+    actor = start_actor(config, total_training_steps(config, len(loader)))
     validator = Validator(config, actor, val, reward, tokenizer, tracking)
     return RayPPOTrainer(config, actor, loader, reward, validator, tokenizer, tracking)
+
+
+def resolve_paths(config: PPOConfig) -> None:
+    """Make local paths absolute: workers may have another working directory than the driver."""
+    config.trainer.default_local_dir = str(Path(config.trainer.default_local_dir).resolve())
+    config.trainer.plugins = [str(Path(file).resolve()) for file in config.trainer.plugins]
+    model = Path(config.actor_rollout_ref.model.path)
+    if model.is_dir():
+        config.actor_rollout_ref.model.path = str(model.resolve())
+
+
+def check_context_length(config: PPOConfig) -> None:
+    """Refuse sequences that are longer than the model's positions."""
+    path = config.actor_rollout_ref.model.path
+    if not Path(path).is_dir() and Path(path).is_absolute():
+        return  # load_tokenizer says so
+    positions = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
+    longest = config.data.max_prompt_length + config.data.max_response_length
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"data.max_prompt_length + data.max_response_length is {longest}, the model at {path} has {positions} "
+            "positions: lower one of them"
+        )
 
 
 def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:
@@ -47,7 +76,7 @@ def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:
         config.actor_rollout_ref,
         optimizer_steps,
         needs_reference(config),
-        [str(Path(file).resolve()) for file in config.trainer.plugins],
+        config.trainer.plugins,
     )
 
 

@@ -53,7 +53,7 @@ def build(config: SFTConfig) -> SFTTrainer:
             f"data.max_token_len_per_gpu={data.max_token_len_per_gpu} is less than one sequence "
             "(data.max_prompt_length + data.max_response_length): raise it"
         )
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(config.model.path, "model.path")
     dataset = SFTDataset(data.train_files, tokenizer, data.max_prompt_length, data.max_response_length)
     Path(trainer.default_local_dir).mkdir(parents=True, exist_ok=True)
     return SFTTrainer(config, dataset, create_worker_group(trainer, SFTWorker, config))

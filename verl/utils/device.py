@@ -55,18 +55,6 @@ def share_cores(workers_on_node: int) -> int:
     return threads
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for queued kernels, so that a clock read now means something."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def empty_cache(device: torch.device) -> None:
-    """Return cached device memory, for another process on the same GPU."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 def memory_metrics(device: torch.device) -> dict[str, float]:
     """Peak memory of this process since its start, in GiB."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # bytes on macOS, KiB elsewhere

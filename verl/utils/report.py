@@ -23,7 +23,9 @@ def validation_table(run_dir: Path) -> Table | None:
     if not steps:
         return None
     first, last = steps[0], steps[-1]
-    names = {m["what"]: m["n"] for name in last if (m := MEAN.fullmatch(name))}
+    names = {m["what"]: m["n"] for name in last if (m := MEAN.fullmatch(name)) and name in first}
+    if not names:  # the first validation measured something else: show the last one
+        first, names = last, {m["what"]: m["n"] for name in last if (m := MEAN.fullmatch(name))}
     counts = sorted({*names.values()}, key=int)
     shown = [first] if first is last else [first, last]
     steps_shown = " → ".join(str(step["step"]) for step in shown)

@@ -11,7 +11,7 @@ from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.trainer.config.schema import ActorRolloutRefConfig
-from verl.utils.device import compute_dtype
+from verl.utils.device import compute_dtype, memory_metrics
 from verl.utils.plugins import load_plugins
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers.fsdp_engine import FSDPEngine
@@ -50,6 +50,7 @@ class ActorRolloutRefWorker(Worker):
             self.total_steps,
             actor.grad_clip,
             model.enable_gradient_checkpointing,
+            actor.max_skipped_updates,
         )
         self.reference = engine(model.path, self.device) if self.with_reference else None
         self.policy_update = PolicyUpdate(self.actor, actor, rollout.temperature)
@@ -57,7 +58,7 @@ class ActorRolloutRefWorker(Worker):
             self.actor.config,
             self.device,
             compute_dtype(self.device),
-            stop_token_ids(self.tokenizer, model.path),
+            stop_token_ids(self.tokenizer, self.actor.generation_config),
             self.tokenizer.pad_token_id,
             rollout.max_num_seqs,
         )
@@ -106,7 +107,7 @@ class ActorRolloutRefWorker(Worker):
     @register(Dispatch.ROWS)
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """One step's policy update; see PolicyUpdate. Every worker returns the metrics of all."""
-        return self.policy_update(data)
+        return self.policy_update(data) | memory_metrics(self.device)
 
     @register(Dispatch.ALL)
     def save_checkpoint(self, folder: str) -> None:

@@ -3,6 +3,7 @@
 Every method is a collective: all workers of the group call it together.
 """
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
@@ -55,12 +56,18 @@ class FSDPEngine:
         total_steps: int = -1,
         grad_clip: float = 1.0,
         gradient_checkpointing: bool = False,
+        max_skipped_updates: int = 10,
     ) -> None:
         self.device = device
+        self.optim = optim
         self.grad_clip = grad_clip
+        self.max_skipped_updates = max_skipped_updates
+        self.skipped_in_a_row = 0
         self.mesh = init_device_mesh(device.type, (dist.get_world_size(),))
         disable_progress_bar()
         lm = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+        check_head(lm, model_path)
+        switch_off_dropout(lm)
         self.config, self.generation_config = lm.config, lm.generation_config
         if gradient_checkpointing and optim is not None:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
@@ -89,6 +96,8 @@ class FSDPEngine:
             log_p, ent = self.forward(micro, temperature)
             if len(rows):
                 log_prob[rows], entropy[rows] = log_p.cpu(), ent.cpu()
+        assert isinstance(self.model, FSDPModule)
+        self.model.reshard()  # without a backward pass after it, the root would stay gathered
         return log_prob, entropy
 
     def backward(self, loss: torch.Tensor) -> None:
@@ -97,10 +106,19 @@ class FSDPEngine:
         (loss * dist.get_world_size()).backward()
 
     def step(self) -> dict[str, float]:
-        """Clip the gradient, move the weights, and forget the gradient. A non-finite gradient moves nothing."""
+        """Clip the gradient, move the weights, and forget the gradient.
+
+        A non-finite gradient moves nothing; `max_skipped_updates` of them in a row are a RuntimeError.
+        """
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        finite = grad_norm == grad_norm and abs(grad_norm) != float("inf")
+        finite = math.isfinite(grad_norm)
+        self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= self.max_skipped_updates:
+            raise RuntimeError(
+                f"the gradient was not finite in {self.skipped_in_a_row} updates in a row: look at the rewards, lower "
+                "the learning rate, or raise actor_rollout_ref.actor.max_skipped_updates"
+            )
         lr = self.optimizer.param_groups[0]["lr"]
         if finite:
             self.optimizer.step()
@@ -139,6 +157,16 @@ class FSDPEngine:
         dcp.load(state, checkpoint_id=folder)
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        self._apply_configured_rates()
+
+    def _apply_configured_rates(self) -> None:
+        """Learning rate and weight decay are the configuration's, not those that the checkpoint was written with."""
+        assert self.optim is not None
+        self.scheduler.base_lrs = [self.optim.lr] * len(self.optimizer.param_groups)
+        factor = self.scheduler.lr_lambdas[0](self.scheduler.last_epoch)
+        for group in self.optimizer.param_groups:
+            group["initial_lr"], group["weight_decay"] = self.optim.lr, self.optim.weight_decay
+            group["lr"] = self.optim.lr * factor
 
     def _check_same_model(self, folder: Path, state: dict[str, Any]) -> None:
         saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
@@ -167,6 +195,31 @@ class FSDPEngine:
             skeleton.generation_config = self.generation_config
             skeleton.save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
+
+
+@torch.no_grad()
+def check_head(lm: PreTrainedModel, model_path: str) -> None:
+    """Refuse a model whose logits are not last hidden state times head: one with a bias, a scale or a soft cap."""
+    ids = torch.arange(4)[None] % lm.config.get_text_config().vocab_size
+    hidden = lm.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    log_probs = torch.log_softmax(hidden @ lm.get_output_embeddings().weight.T, dim=-1)
+    expected = torch.log_softmax(lm(input_ids=ids, use_cache=False).logits, dim=-1)
+    difference = float((log_probs - expected).abs().max())
+    if not difference < 1e-3:
+        raise ValueError(
+            f"actor_rollout_ref.model.path={model_path}: {type(lm).__name__} does more to its logits than multiply by "
+            f"the head (log-probs differ by {difference:.2g}), which this engine does not compute; use another model"
+        )
+
+
+def switch_off_dropout(lm: PreTrainedModel) -> None:
+    """Dropout would make the log-probs of two passes differ, and with them the first ratio of a step from 1."""
+    for module in lm.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "hidden_dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
 
 
 def shard(model: ScoringModel, mesh: DeviceMesh, device: torch.device) -> ScoringModel:

@@ -51,8 +51,9 @@ class PolicyUpdate:
             micro = data.select_rows(rows) if len(rows) else dummy_row(data)
             mask = micro["response_mask"] & (len(rows) > 0)
             self._micro_batch(micro, mask.to(self.engine.device), totals, sums)
+        constants = {"actor/kl_coef": self.config.kl_loss_coef} if self.config.use_kl_loss else {}
         values = self.engine.sum_over_workers(torch.stack(list(sums.values())))
-        return dict(zip(sums, values.tolist(), strict=True)) | self.engine.step()
+        return dict(zip(sums, values.tolist(), strict=True)) | constants | self.engine.step()
 
     def _micro_batch(
         self, data: DataProto, mask: torch.Tensor, totals: LossTotals, sums: dict[str, torch.Tensor]

@@ -22,7 +22,7 @@ class SFTWorker(Worker):
     @register(Dispatch.ALL)
     def init_model(self) -> None:
         config = self.config
-        self.tokenizer = load_tokenizer(config.model.path)
+        self.tokenizer = load_tokenizer(config.model.path, "model.path")
         self.engine = FSDPEngine(
             config.model.path,
             self.device,

@@ -51,6 +51,15 @@ def test_a_bad_override_is_one_line_that_names_the_key(override, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_preset_is_checked_like_an_override(tmp_path):
+    (tmp_path / "bare.yaml").write_text("trainer:\n  nnodes: 2\n")
+    with pytest.raises(ConfigError, match="bare.yaml does not start from the schema"):
+        load_config(REQUIRED, preset="bare", preset_dir=tmp_path)
+    (tmp_path / "typo.yaml").write_text("defaults: [schema, _self_]\ntrainer:\n  nodes: 2\n")
+    with pytest.raises(ConfigError, match="preset typo: unknown key trainer.nodes; did you mean trainer.nnodes"):
+        load_config(REQUIRED, preset="typo", preset_dir=tmp_path)
+
+
 def test_missing_keys_and_presets_are_named():
     with pytest.raises(ConfigError, match="data.train_files is required: add data.train_files=..."):
         load_config([o for o in REQUIRED if "train_files" not in o])

@@ -6,7 +6,7 @@ import torch
 
 from verl.protocol import DataProto, object_array
 from verl.trainer.config.schema import OverlongBufferConfig
-from verl.trainer.ppo.collect import first_units, informative_rows
+from verl.trainer.ppo.collect import first_units, informative_rows, merge_metrics
 from verl.trainer.ppo.generation import concat_prompts
 from verl.trainer.ppo.reward import overlong_penalty
 
@@ -46,6 +46,11 @@ def test_the_batch_is_cut_at_whole_units():
     assert first_units(batch(ACC, bundles), 8)["uid"].tolist() == [f"q{i}" for i in (0, 1, 2, 3) for _ in range(2)]
     assert first_units(batch(ACC, bundles), 4)["uid"].tolist() == ["q0", "q0", "q2", "q2"]
     assert first_units(batch(ACC), 6)["uid"].tolist() == [f"q{i}" for i in range(3) for _ in range(2)]
+
+
+def test_metrics_of_several_batches_add_counts_and_average_the_rest():
+    parts = [{"reward/exceptions": 3.0, "a": 1.0}, {"reward/exceptions": 4.0, "a": 2.0, "b": 5.0}]
+    assert merge_metrics(parts) == {"reward/exceptions": 7.0, "a": 1.5, "b": 5.0}
 
 
 def test_prompts_of_different_widths_are_padded_on_the_left():

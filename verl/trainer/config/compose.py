@@ -51,7 +51,15 @@ def load_config(
             raise ConfigError(f"{sorted(missing)[0]} is required: add {sorted(missing)[0]}=...")
         return OmegaConf.to_object(composed)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_one_line(error)) from error
+        message = _one_line(error)
+        if "is not in struct" in message:  # every override is in the schema, so the preset is not made from it
+            message = (
+                f"{preset_dir / preset}.yaml does not start from the schema: begin it with `defaults: [schema, _self_]`"
+            )
+        key = message.partition(":")[0]
+        if " " not in key and "." in key and key not in leaf_keys(schema):
+            message = f"preset {preset}: unknown key {key}{suggestion(key, leaf_keys(schema))}"
+        raise ConfigError(message) from error
 
 
 def _checked(text: str, schema: type) -> str:

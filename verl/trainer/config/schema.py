@@ -89,6 +89,7 @@ class ActorConfig:
     kl_loss_coef: float = key(0.001, "Weight of that KL term.")
     kl_loss_type: str = key("low_var_kl", "Its estimator: `kl`, `abs`, `mse` or `low_var_kl`.")
     grad_clip: float = key(1.0, "Largest global norm of the gradient.")
+    max_skipped_updates: int = key(10, "Updates in a row with a gradient that is not finite that stop the run.")
     policy_loss: PolicyLossConfig = section(PolicyLossConfig)
     optim: OptimConfig = section(OptimConfig)
 
@@ -263,7 +264,7 @@ class TrainerConfig:
     device: str = key("auto", "`cuda`, `cpu`, or `auto`: cuda where there is one.")
     worker_group: str = key("ray", "`ray`, or `local`: the one worker in this process.")
     start_timeout_s: int = key(300, "Longest wait for workers to be placed and to start, in seconds.")
-    total_epochs: int = key(30, "Passes over the training questions.")
+    total_epochs: int = key(30, "Passes over the training questions (a step counts as one batch of the loader).")
     total_training_steps: int | None = key(None, "Stop after this many steps; null: after `total_epochs`.")
     seed: int = key(1, "The one seed: order of questions, sampling, bundles, pairings.")
     balance_batch: bool = key(True, "Give workers equal amounts of tokens rather than equal numbers of rows.")

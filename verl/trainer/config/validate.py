@@ -1,5 +1,8 @@
 """Checks between keys, made before anything is loaded or started. Each is one line that says what to change."""
 
+from collections.abc import Callable
+from typing import Any
+
 from verl.trainer.config.compose import ConfigError
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.core_algos import get_adv_estimator, get_policy_loss
@@ -28,6 +31,7 @@ POSITIVE = (
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
     "actor_rollout_ref.actor.ppo_epochs",
     "actor_rollout_ref.actor.grad_clip",
+    "actor_rollout_ref.actor.max_skipped_updates",
     "actor_rollout_ref.actor.optim.lr",
     "actor_rollout_ref.rollout.n",
     "actor_rollout_ref.rollout.temperature",
@@ -43,10 +47,21 @@ POSITIVE = (
     "trainer.total_epochs",
     "trainer.total_training_steps",
 )
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "actor_rollout_ref.actor.optim.weight_decay": (lambda v: v >= 0, "0 or more"),
+    "actor_rollout_ref.actor.clip_ratio_low": (lambda v: v >= 0, "0 or more"),
+    "actor_rollout_ref.actor.clip_ratio_high": (lambda v: v >= 0, "0 or more"),
+    "actor_rollout_ref.actor.clip_ratio_c": (lambda v: v > 1, "greater than 1"),
+    "actor_rollout_ref.actor.policy_loss.cov_fraction": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "actor_rollout_ref.rollout.val_kwargs.temperature": (lambda v: v >= 0, "0 or more"),
+    "algorithm.baseline_quantile": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "algorithm.utility_beta": (lambda v: v != 0, "other than 0"),
+    "algorithm.filter_groups.max_num_gen_batches": (lambda v: v >= 0, "0 or more"),
+}
 
 
-def value_of(config: PPOConfig, key: str) -> object:
-    value: object = config
+def value_of(config: PPOConfig, key: str) -> Any:
+    value: Any = config
     for name in key.split("."):
         value = getattr(value, name)
     return value
@@ -59,17 +74,28 @@ def validate(config: PPOConfig) -> None:
             raise ConfigError(f"{key}={value_of(config, key)}: use one of {', '.join(choices)}")
     for key in POSITIVE:
         value = value_of(config, key)
-        if value is not None and not value > 0:  # type: ignore[operator]
+        if value is not None and not value > 0:
             raise ConfigError(f"{key}={value} must be greater than 0")
     try:
         check_loggers(config.trainer.logger)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    _check_ranges(config)
     _check_sampling(config)
     _check_batches(config)
     _check_token_budgets(config)
     _check_filters(config)
     _check_algorithm(config)
+
+
+def _check_ranges(config: PPOConfig) -> None:
+    for key, (allowed, text) in RANGES.items():
+        value = value_of(config, key)
+        if not allowed(value):
+            raise ConfigError(f"{key}={value} must be {text}")
+    n, k = config.actor_rollout_ref.rollout.n, config.algorithm.pass_k
+    if config.algorithm.adv_estimator == "passk_training" and not 1 <= k <= n:
+        raise ConfigError(f"algorithm.pass_k={k} must be in 1..actor_rollout_ref.rollout.n={n}")
 
 
 def _check_sampling(config: PPOConfig) -> None:
@@ -146,8 +172,6 @@ def _check_filters(config: PPOConfig) -> None:
             f"data.gen_batch_size={gen_batch_size} has a meaning under algorithm.filter_groups.enable=True alone: "
             "set that, or leave it out"
         )
-    if filters.max_num_gen_batches < 0:
-        raise ConfigError(f"algorithm.filter_groups.max_num_gen_batches={filters.max_num_gen_batches}: use 0 or more")
     overlong, longest = config.reward_model.reward_kwargs.overlong_buffer_cfg, config.data.max_response_length
     if overlong.enable and not 0 < overlong.len <= longest:
         raise ConfigError(
@@ -172,8 +196,3 @@ def _check_algorithm(config: PPOConfig) -> None:
         get_kl_controller(algorithm.kl_ctrl)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    if actor.clip_ratio_c <= 1:
-        raise ConfigError(f"actor_rollout_ref.actor.clip_ratio_c={actor.clip_ratio_c} must be greater than 1")
-    for name in ("clip_ratio_low", "clip_ratio_high"):
-        if not getattr(actor, name) >= 0:
-            raise ConfigError(f"actor_rollout_ref.actor.{name}={getattr(actor, name)} must not be negative")

@@ -21,6 +21,8 @@ from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.timer import Timer
 from verl.workers.rollout.base import SamplingParams
 
+COUNTS = ("reward/exceptions", "reward/non_finite", "reward/overlong")
+
 
 class Collector:
     """Called with a step: takes questions from the loader, samples n responses to each, scores them, filters.
@@ -51,6 +53,7 @@ class Collector:
             return self._sample(step, 0, timer)
         wanted = self.config.data.train_batch_size * self.config.actor_rollout_ref.rollout.n
         kept: list[DataProto] = []
+        parts: list[dict[str, float]] = []
         sampled = 0
         while sum(map(len, kept)) < wanted:
             if filters.max_num_gen_batches > 0 and len(kept) == filters.max_num_gen_batches:
@@ -60,22 +63,23 @@ class Collector:
                     "or data.gen_batch_size"
                 )
             batch, metrics = self._sample(step, len(kept), timer)
+            parts.append(metrics)
             sampled += len(batch)
             kept.append(batch.select_rows(informative_rows(batch, filters.metric)))
-        metrics |= {
+        metrics = merge_metrics(parts) | {
             "filter_groups/num_gen_batches": float(len(kept)),
             "filter_groups/kept_share": sum(map(len, kept)) / sampled,
         }
         return first_units(concat_prompts(kept), wanted), metrics
 
-    def greedy_rewards(self, batch: DataProto) -> torch.Tensor:
-        """(N,) float32: the reward of the greedy response to each row's question."""
+    def greedy_rewards(self, batch: DataProto) -> tuple[torch.Tensor, dict[str, float]]:
+        """(N,) float32: the reward of the greedy response to each row's question; and the metrics of scoring them."""
         n = self.config.actor_rollout_ref.rollout.n
         questions = batch.select_rows(batch["sample_index"] == 0)
         questions = questions.select(["prompts", "prompt_length", "uid", "data_source", "ground_truth", "extra_info"])
         single = expand(questions, 1, self.config.trainer.seed, batch.meta_info["step"])
-        scored, _ = self._score(generate(self.actor, single, self._sampling_params(greedy=True), 1))
-        return scored["token_level_scores"].sum(1).repeat_interleave(n)
+        scored, metrics = self._score(generate(self.actor, single, self._sampling_params(greedy=True), 1))
+        return scored["token_level_scores"].sum(1).repeat_interleave(n), metrics
 
     def _sample(self, step: int, part: int, timer: Timer) -> tuple[DataProto, dict[str, float]]:
         """Responses to the next questions of the loader; `part` counts the loader's batches within the step."""
@@ -106,7 +110,8 @@ class Collector:
     def _score(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
         texts = decode_responses(self.tokenizer, batch)
         scores, extras, metrics = self.reward(batch, texts)
-        return batch.with_columns(token_level_scores=scores, response_text=object_array(texts), **extras), metrics
+        columns = {name: extras[name] for name in ("score", "acc", "pred")}
+        return batch.with_columns(token_level_scores=scores, response_text=object_array(texts), **columns), metrics
 
 
 def informative_rows(batch: DataProto, metric: str) -> np.ndarray:
@@ -119,6 +124,15 @@ def informative_rows(batch: DataProto, metric: str) -> np.ndarray:
     differs = questions.spread((questions.max(values) > questions.min(values)).double())
     units = Groups(_units(batch))
     return (units.spread(units.max(differs)) > 0).numpy()
+
+
+def merge_metrics(parts: list[dict[str, float]]) -> dict[str, float]:
+    """Metrics of several batches as those of one: counts are added, everything else is averaged."""
+    merged = {}
+    for name in {name: None for part in parts for name in part}:
+        values = [part[name] for part in parts if name in part]
+        merged[name] = sum(values) if name in COUNTS else sum(values) / len(values)
+    return merged
 
 
 def first_units(batch: DataProto, rows: int) -> DataProto:

@@ -12,7 +12,7 @@ import torch
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config.schema import PPOConfig
-from verl.trainer.ppo.collect import Collector
+from verl.trainer.ppo.collect import COUNTS, Collector
 from verl.trainer.ppo.core_algos import get_adv_estimator
 from verl.trainer.ppo.kl import apply_kl_penalty, get_kl_controller
 from verl.trainer.ppo.metrics import compute_data_metrics, compute_timing_metrics
@@ -99,14 +99,16 @@ class RayPPOTrainer:
             self.tracking.log_samples(self.step, sample_rows(batch), "train")
             if save:
                 # Only now does the checkpoint count: what a run resumed from it has logged is what it has done.
-                self.checkpoints.commit(self.step)
+                self.checkpoints.commit(self.step, required=("trainer.pt", str(Path("actor", ".metadata"))))
 
     def train_step(self, timer: Timer) -> tuple[DataProto, dict[str, float]]:
         """One step: sample, score, advantages, update. Returns the N = questions * n rows and the metrics."""
         batch, metrics = self.collect(self.step, timer)
         if self.estimator.needs_greedy_baseline:
             with timer("gen_max"):
-                batch = batch.with_columns(reward_baselines=self.collect.greedy_rewards(batch))
+                baselines, greedy_metrics = self.collect.greedy_rewards(batch)
+            batch = batch.with_columns(reward_baselines=baselines)
+            metrics |= {name: metrics[name] + greedy_metrics[name] for name in COUNTS if name in metrics}
         plan = UpdatePlan.make(batch, self.config, self.actor.world_size)
         batch = batch.with_columns(mini_batch=plan.mini_batch)
         batch.meta_info["n_mini_batches"] = plan.n_mini_batches
@@ -184,6 +186,7 @@ class RayPPOTrainer:
 
     def _resume(self) -> None:
         if self.config.trainer.resume_mode == "disable":
+            self.checkpoints.set_aside()
             return
         folder = self.checkpoints.newest()
         if folder is None:
@@ -208,6 +211,26 @@ def total_training_steps(config: PPOConfig, steps_per_epoch: int) -> int:
     """`trainer.total_training_steps`, or the steps of `trainer.total_epochs`."""
     steps = config.trainer.total_training_steps
     return steps if steps is not None else config.trainer.total_epochs * steps_per_epoch
+
+
+def check_resumable(config: PPOConfig, loader: StatefulLoader) -> None:
+    """Before workers start: ValueError if the newest checkpoint's driver state does not fit this configuration."""
+    folder = CheckpointFolder(Path(config.trainer.default_local_dir) / "checkpoints").newest()
+    if config.trainer.resume_mode == "disable" or folder is None:
+        return
+    state = torch.load(folder / "trainer.pt", weights_only=False)
+    algorithm = config.algorithm
+    loader.load_state_dict(state["loader"])
+    then = state["config"]["algorithm"]["adv_estimator"]
+    if then != algorithm.adv_estimator:
+        raise ValueError(
+            f"algorithm.adv_estimator is {algorithm.adv_estimator}, in checkpoint {folder} it is {then}: restore it, "
+            "set another trainer.experiment_name, or start anew with trainer.resume_mode=disable"
+        )
+    estimator = get_adv_estimator(
+        algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
+    )
+    estimator.load_state_dict(state["estimator"])
 
 
 def needs_reference(config: PPOConfig) -> bool:

@@ -16,10 +16,12 @@ class StatefulLoader:
     `epoch` and `position` (questions taken from that epoch) describe the next batch. `len()` is the steps of an epoch.
     """
 
-    def __init__(self, dataset: RLHFDataset, batch_size: int, seed: int, shuffle: bool = True):
+    def __init__(
+        self, dataset: RLHFDataset, batch_size: int, seed: int, shuffle: bool = True, key: str = "train_batch_size"
+    ):
         if batch_size < 1 or batch_size > len(dataset):
             raise ValueError(
-                f"data.train_batch_size is {batch_size}, the training data have {len(dataset)} questions: "
+                f"data.{key} is {batch_size}, the training data have {len(dataset)} questions: "
                 f"set it to 1..{len(dataset)}"
             )
         if seed < 0:
