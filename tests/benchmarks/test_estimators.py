@@ -9,6 +9,7 @@ from benchmarks import estimators
 from verl.trainer.ppo.core_algos import ADV_ESTIMATORS
 
 
+@pytest.mark.slow  # every estimator several times
 def test_a_tiny_run_reports_machine_times_of_every_estimator_and_memory(tmp_path):
     memory = [] if sys.platform == "linux" else ["--no-memory"]
     estimators.main(["--sizes", "100", "--repeat", "1", *memory, "--output", str(tmp_path / "times.json")])

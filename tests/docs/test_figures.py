@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[2] / "docs"
 
 
+@pytest.mark.slow  # simulates and draws
 def test_a_figure_is_drawn_and_its_numbers_are_printed(tmp_path):
     command = [sys.executable, str(DOCS / "figures" / "make_figures.py"), "advantage", "--output-dir", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True)

@@ -68,8 +68,14 @@ def test_equal_seeds_give_equal_runs_and_others_do_not(files, tmp_path, varied_r
     "kind",
     [
         ["algorithm.adv_estimator=riskpo"],
-        ["algorithm.adv_estimator=riskpo", "algorithm.risk.bundling=difficulty", "algorithm.risk.tracker=ema"],
-        ["algorithm.adv_estimator=grpo", "algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive"],
+        pytest.param(
+            ["algorithm.adv_estimator=riskpo", "algorithm.risk.bundling=difficulty", "algorithm.risk.tracker=ema"],
+            marks=pytest.mark.slow,  # two whole runs
+        ),
+        pytest.param(
+            ["algorithm.adv_estimator=grpo", "algorithm.use_kl_in_reward=True", "algorithm.kl_ctrl.type=adaptive"],
+            marks=pytest.mark.slow,  # two whole runs
+        ),
     ],
     ids=["riskpo", "difficulty", "kl"],
 )

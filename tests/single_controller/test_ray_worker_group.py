@@ -17,7 +17,8 @@ from verl.trainer.config.schema import TrainerConfig
 from verl.utils.device import available_cores
 
 TWO = TrainerConfig(n_gpus_per_node=2, device="cpu", start_timeout_s=60)
-pytestmark = pytest.mark.usefixtures("ray_cluster")
+# Slow: starts a Ray cluster and many workers.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("ray_cluster")]
 
 
 def batch(n_rows: int) -> DataProto:
