@@ -94,6 +94,7 @@ def test_a_reward_function_that_fails(start, tmp_path, body, message):
             "actor_rollout_ref.model.path=/nowhere/model",
             "actor_rollout_ref.model.path=/nowhere/model: there is no such",
         ),
+        ("actor_rollout_ref.model.path=./nowhere", "actor_rollout_ref.model.path=./nowhere: there is no such folder"),
         ("custom_reward_function.path=/nowhere.py", "custom_reward_function.path: there is no file /nowhere.py"),
         ("trainer.plugins=[/nowhere.py]", "trainer.plugins: /nowhere.py is not a Python file"),
         ("trainer.n_gpus_per_node=3", "trainer.worker_group=local has one worker, not trainer.n_gpus_per_node=3"),

@@ -26,8 +26,8 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     load_plugins(config.trainer.plugins)
     validate(config)
     resolve_paths(config)
-    check_context_length(config)
     tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
+    check_context_length(config)
     train = RLHFDataset(config.data.train_files, tokenizer, config.data, "data.train_files")
     val = RLHFDataset(config.data.val_files, tokenizer, config.data, "data.val_files")
     batch_size = config.data.gen_batch_size or config.data.train_batch_size
@@ -55,8 +55,6 @@ def resolve_paths(config: PPOConfig) -> None:
 def check_context_length(config: PPOConfig) -> None:
     """Refuse sequences that are longer than the model's positions."""
     path = config.actor_rollout_ref.model.path
-    if not Path(path).is_dir() and Path(path).is_absolute():
-        return  # load_tokenizer says so
     positions = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
     longest = config.data.max_prompt_length + config.data.max_response_length
     if positions is not None and longest > positions:

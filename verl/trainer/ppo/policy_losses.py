@@ -61,6 +61,14 @@ def _sequence_mean(values: torch.Tensor, response_mask: torch.Tensor) -> torch.T
     return (values * response_mask).sum(-1, keepdim=True) / response_mask.sum(-1, keepdim=True).clamp(min=1)
 
 
+def _plain_and_clipped(
+    ratio: torch.Tensor, advantages: torch.Tensor, config: ActorConfig
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """-s A and -clip(s) A, (R, T); PPO's loss is the larger."""
+    within = ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
+    return -advantages * ratio, -advantages * within
+
+
 def _metrics(clipped: torch.Tensor, clipped_lower: torch.Tensor, log_ratio: torch.Tensor) -> dict[str, torch.Tensor]:
     return {
         "actor/pg_clipfrac": clipped.float(),
@@ -83,8 +91,7 @@ def vanilla(
     """
     log_ratio = _log_ratio(old_log_prob, log_prob, response_mask)
     ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
+    plain, clipped = _plain_and_clipped(ratio, advantages, config)
     loss = torch.maximum(plain, clipped)
     bound = -advantages * config.clip_ratio_c
     beyond = (advantages < 0) & (loss > bound)
@@ -108,8 +115,7 @@ def gspo(
     sequence_ratio = _sequence_mean(log_ratio, response_mask).exp().detach()
     # 1 in value; carries the gradient of the token's own log-prob.
     ratio = sequence_ratio * (log_ratio - log_ratio.detach()).exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
+    plain, clipped = _plain_and_clipped(ratio, advantages, config)
     return torch.maximum(plain, clipped), _metrics(clipped > plain, torch.zeros_like(plain), log_ratio)
 
 
@@ -255,8 +261,7 @@ def clip_cov(
     """PPO's clipped token ratio; `selected` tokens that are not clipped already give no gradient (arXiv 2505.22617)."""
     log_ratio = _log_ratio(old_log_prob, log_prob, response_mask)
     ratio = log_ratio.exp()
-    plain = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1 - config.clip_ratio_low, 1 + config.clip_ratio_high)
+    plain, clipped = _plain_and_clipped(ratio, advantages, config)
     loss = torch.maximum(plain, clipped)
     detached = selected & ~(clipped > plain)
     metrics = _metrics(clipped > plain, torch.zeros_like(plain), log_ratio)
