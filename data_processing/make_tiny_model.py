@@ -46,7 +46,7 @@ def build_tokenizer(max_length: int = 1024) -> Qwen2Tokenizer:
 
 def build_model(
     tokenizer: Qwen2Tokenizer,
-    hidden_size: int = 96,
+    hidden_size: int = 128,
     layers: int = 3,
     heads: int = 4,
     kv_heads: int = 2,
@@ -94,7 +94,7 @@ def check(arguments: argparse.Namespace) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make a small random model with a character-level tokenizer.")
     parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--hidden-size", type=int, default=96)
+    parser.add_argument("--hidden-size", type=int, default=128)
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--kv-heads", type=int, default=2)

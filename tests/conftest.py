@@ -23,10 +23,11 @@ def ray_cluster() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Hugging Face folder of a random model that any test may train: hidden 32, 2 layers."""
+    """A Hugging Face folder of a random model that any test may train: hidden 64, 2 layers, 2 heads of size 32."""
     folder = tmp_path_factory.mktemp("tiny_model")
+    sizes = ["--intermediate-size", "64"]
     make_tiny_model.main(
-        ["--output-dir", str(folder), "--hidden-size", "32", "--layers", "2", "--intermediate-size", "64"]
+        ["--output-dir", str(folder), "--hidden-size", "64", "--layers", "2", "--heads", "2", "--kv-heads", "1", *sizes]
     )
     return folder
 

@@ -47,8 +47,7 @@ def test_the_first_ratio_of_a_step_is_one(files, tmp_path, varied_reward):
     """The engine sampled with the probabilities that the trainer computes: nothing is clipped in the first update."""
     one_update = ["actor_rollout_ref.actor.ppo_mini_batch_size=12", "actor_rollout_ref.rollout.temperature=0.8"]
     trainer = build(config(*files, tmp_path / "one", *varied_reward, *one_update))
-    trainer.actor.init_model()
-    trainer.actor.update_weights()
+    trainer.start()
     trainer.step = 1
     batch, _ = trainer.train_step(Timer())
     torch.testing.assert_close(batch["rollout_log_probs"], batch["old_log_probs"], rtol=0, atol=1e-5)
@@ -179,6 +178,29 @@ def test_other_estimators_and_losses_run_through_the_trainer(files, tmp_path, va
         assert abs(steps[1]["actor/reward_kl_penalty"]) < 1e-6 < abs(steps[2]["actor/reward_kl_penalty"])
         assert steps[2]["actor/kl_loss"] > 0
         assert steps[2]["actor/reward_kl_penalty_coeff"] < steps[1]["actor/reward_kl_penalty_coeff"]
+
+
+def test_rollout_correction_runs_through_the_trainer(files, tmp_path, varied_reward):
+    """With an engine that agrees with the trainer, weights are 1 and nothing is rejected: the run is the same to
+    rounding; and so is the first step of a run that takes the engine's log-probs for the old ones."""
+    key = "algorithm.rollout_correction"
+    plain = train(config(*files, tmp_path / "plain", *varied_reward))
+    weighted = [f"{key}.rollout_is=sequence", f"{key}.rollout_rs=geometric", f"{key}.rollout_rs_threshold=1.01"]
+    corrected = train(config(*files, tmp_path / "corrected", *varied_reward, *weighted))
+    bypass = train(config(*files, tmp_path / "bypass", *varied_reward, f"{key}.bypass_mode=True"))
+    for one, other in zip(plain[1:], corrected[1:], strict=True):
+        assert one["critic/score/mean"] == other["critic/score/mean"]
+        assert one["actor/pg_loss"] == pytest.approx(other["actor/pg_loss"], abs=1e-5)
+        assert other["rollout_corr/rollout_is_mean"] == pytest.approx(1, abs=1e-4)
+        assert other["rollout_corr/rollout_rs_seq_masked_fraction"] == 0
+    assert plain[1]["actor/pg_loss"] == pytest.approx(bypass[1]["actor/pg_loss"], abs=1e-5)
+    assert plain[1]["actor/entropy"] == pytest.approx(bypass[1]["actor/entropy"], abs=0.05)  # measured in the update
+    assert "training/rollout_probs_diff_mean" not in bypass[1]
+
+
+def test_sync_and_async_scoring_give_the_same_run(files, tmp_path, varied_reward):
+    one = train(config(*files, tmp_path / "async", *varied_reward))
+    assert train(config(*files, tmp_path / "sync", *varied_reward, "actor_rollout_ref.rollout.mode=sync")) == one
 
 
 def test_dynamic_sampling_fills_the_batch_with_whole_bundles(files, tmp_path):

@@ -80,9 +80,12 @@ def worker(tiny_model):
 
 
 def reference_loss(model, batch, config: ActorConfig, temperature: float) -> torch.Tensor:
-    """The clipped loss by plain loops over rows and tokens, in float64: token mean, entropy bonus, low-variance KL."""
+    """The clipped loss by plain loops over rows and tokens, in float64: token mean, entropy bonus, low-variance KL; the
+    policy loss times `rollout_is_weights`, and rows outside `loss_mask` left out, where the batch has them."""
     total, tokens = torch.zeros((), dtype=torch.float64), 0
     for i in range(N):
+        if "loss_mask" in batch and not batch["loss_mask"][i].any():
+            continue
         prompt = batch["prompts"][i, P - int(batch["prompt_length"][i]) :]
         response = batch["responses"][i, : int(batch["response_mask"][i].sum())]
         logits = model(torch.cat([prompt, response])[None]).logits[0, len(prompt) - 1 : -1] / temperature
@@ -94,6 +97,8 @@ def reference_loss(model, batch, config: ActorConfig, temperature: float) -> tor
             objective = torch.minimum(ratio * advantage, torch.clamp(ratio, low, high) * advantage)
             if advantage < 0:
                 objective = torch.maximum(objective, config.clip_ratio_c * advantage)
+            if "rollout_is_weights" in batch:
+                objective = objective * batch["rollout_is_weights"][i, t].double()
             entropy = -(p * p.log()).sum()
             difference = batch["ref_log_prob"][i, t].double() - p[token].log()
             kl = difference.exp() - difference - 1
@@ -109,6 +114,25 @@ def test_loss_and_gradient_equal_a_float64_loop(tiny_model, worker, batch):
     result = worker.gradient(batch, config, 0.7)[0]
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(result["gradients"][name].double(), parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_rollout_correction_weighs_the_policy_loss_and_leaves_responses_out(tiny_model, worker, batch):
+    config = ActorConfig(entropy_coeff=0.01, use_kl_loss=True, kl_loss_coef=0.1, ppo_micro_batch_size_per_gpu=5)
+    keep = torch.arange(N) % 3 != 1
+    corrected = batch.with_columns(
+        rollout_is_weights=0.5 + torch.rand(N, T, generator=torch.Generator().manual_seed(3)),
+        loss_mask=batch["response_mask"] & keep[:, None],
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float64)
+    reference_loss(model, corrected, config, 0.7).backward()
+    result = worker.gradient(corrected, config, 0.7)[0]
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(result["gradients"][name].double(), parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_of_rejected_responses_gives_no_gradient(worker, batch):
+    result = worker.gradient(batch.with_columns(loss_mask=torch.zeros(N, T, dtype=torch.bool)), ActorConfig(), 1.0)[0]
+    assert all(not gradient.any() for gradient in result["gradients"].values())
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"])

@@ -67,6 +67,15 @@ def ensure_ray(nnodes: int = 1, num_cpus: int | None = None) -> bool:
     return False
 
 
+def _node_resources() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def ray_device(name: str) -> str:
+    """`trainer.device` as `cpu` or `cuda`, by what the nodes of the cluster have."""
+    return resolve_device(name, has_gpu=any(node.get("GPU", 0) for node in _node_resources()))
+
+
 def check_resources(nodes: Sequence[dict[str, float]], n_workers_per_node: int, nnodes: int, device: str) -> None:
     """Refuse what the cluster can never place. `nodes`: total resources of each node that is up, as Ray names them."""
     for name, value in (("n_gpus_per_node", n_workers_per_node), ("nnodes", nnodes)):
@@ -157,8 +166,8 @@ class RayWorkerGroup(WorkerGroup):
     ) -> None:
         super().__init__(worker_cls, n_workers_per_node * nnodes)
         ensure_ray(nnodes)
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        device = resolve_device(device, has_gpu=any(node.get("GPU", 0) for node in nodes))
+        nodes = _node_resources()
+        device = ray_device(device)
         check_resources(nodes, n_workers_per_node, nnodes, device)
         self._hosts: list[Any] = []
         self._where = ["an unknown node"] * self.world_size
@@ -194,7 +203,7 @@ class RayWorkerGroup(WorkerGroup):
                 num_cpus=claim["CPU"],
                 num_gpus=claim.get("GPU", 0),
                 scheduling_strategy=PlacementGroupSchedulingStrategy(self._placement, rank // n_workers_per_node),
-                runtime_env={"env_vars": _worker_environment()},
+                runtime_env={"env_vars": worker_environment()},
             )
             self._hosts.append(options.remote(f"{self.worker_cls.__name__} rank={rank}"))
 
@@ -289,7 +298,7 @@ class RayWorkerGroup(WorkerGroup):
             remove_placement_group(self._placement)
 
 
-def _worker_environment() -> dict[str, str]:
+def worker_environment() -> dict[str, str]:
     """What workers take from the driver's environment: where it imports from, and settings of the libraries.
 
     Names that look like secrets stay out (Ray logs a runtime environment), as does whatever Ray or the worker sets

@@ -70,5 +70,6 @@ def _leave_process_group() -> None:
     global _members
     if _members:
         _members -= 1
-        if _members == 0:
+        # A vLLM engine in this process ends the default group when it is closed, which is before the workers are.
+        if _members == 0 and dist.is_initialized():
             dist.destroy_process_group()

@@ -14,11 +14,15 @@ from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward
 from verl.trainer.ppo.validation import Validator
 from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.device import resolve_device
 from verl.utils.plugins import load_plugins
 from verl.utils.report import print_report
 from verl.utils.tokenizer import load_tokenizer
 from verl.utils.tracking import Tracking
 from verl.workers.actor_rollout_ref import ActorRolloutRefWorker
+from verl.workers.rollout.base import Rollout, WorkerRollout
+from verl.workers.rollout.engine_rollout import EngineRollout
+from verl.workers.rollout.vllm_checks import check_vllm, unused_keys
 
 
 def build(config: PPOConfig) -> RayPPOTrainer:
@@ -28,6 +32,8 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     resolve_paths(config)
     tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
     check_context_length(config)
+    if config.actor_rollout_ref.rollout.name == "vllm":
+        check_vllm(config, cluster_device(config))
     train = RLHFDataset(config.data.train_files, tokenizer, config.data, "data.train_files")
     val = RLHFDataset(config.data.val_files, tokenizer, config.data, "data.val_files")
     batch_size = config.data.gen_batch_size or config.data.train_batch_size
@@ -39,8 +45,9 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     check_resumable(config, loader)
     tracking = Tracking.from_config(config)
     actor = start_actor(config, total_training_steps(config, len(loader)))
-    validator = Validator(config, actor, val, reward, tokenizer, tracking)
-    return RayPPOTrainer(config, actor, loader, reward, validator, tokenizer, tracking)
+    rollout = make_rollout(config, actor, tokenizer.pad_token_id)
+    validator = Validator(config, rollout, val, reward, tokenizer, tracking)
+    return RayPPOTrainer(config, actor, rollout, loader, reward, validator, tokenizer, tracking)
 
 
 def resolve_paths(config: PPOConfig) -> None:
@@ -78,12 +85,33 @@ def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:
     )
 
 
+def cluster_device(config: PPOConfig) -> str:
+    """The device of the workers: that of this machine, or of the Ray cluster."""
+    if config.trainer.worker_group == "local":
+        return resolve_device(config.trainer.device)
+    from verl.single_controller.ray_worker_group import ensure_ray, ray_device
+
+    ensure_ray(config.trainer.nnodes)
+    return ray_device(config.trainer.device)
+
+
+def make_rollout(config: PPOConfig, actor: WorkerGroup, pad_token_id: int) -> Rollout:
+    """What samples: the workers themselves, or engines beside them."""
+    rollout = config.actor_rollout_ref.rollout
+    if rollout.name == "hf":
+        return WorkerRollout(actor, rollout.calculate_log_probs)
+    for line in unused_keys(config, cluster_device(config)):
+        print(line)
+    return EngineRollout(config, actor, pad_token_id)
+
+
 def run(trainer: RayPPOTrainer) -> None:
     """Train and report; workers and trackers are closed whatever happens."""
     try:
         trainer.fit()
     finally:
         trainer.tracking.finish()
+        trainer.rollout.shutdown()
         trainer.actor.shutdown()
     print_report(Path(trainer.config.trainer.default_local_dir))
 

@@ -50,9 +50,14 @@ def share_cores(workers_on_node: int) -> int:
     OMP_NUM_THREADS is overwritten, since neither the driver's nor Ray's value knows how many workers there are.
     """
     threads = max(1, available_cores() // workers_on_node)
+    set_threads(threads)
+    return threads
+
+
+def set_threads(threads: int) -> None:
+    """Let this process compute with so many CPU threads."""
     os.environ["OMP_NUM_THREADS"] = str(threads)
     torch.set_num_threads(threads)
-    return threads
 
 
 def memory_metrics(device: torch.device) -> dict[str, float]:

@@ -1,16 +1,21 @@
-"""The worker that trains the policy, samples from it, and scores with the frozen reference policy.
+"""The worker that trains the policy, samples from it (`hf`), and scores with the frozen reference policy.
 
 Thin: each method is what one call of the driver does; the work is in the engine, the update and the rollout.
 """
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import ray
 import torch
 
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.trainer.config.schema import ActorRolloutRefConfig
+from verl.utils.checksum import checksum
 from verl.utils.device import compute_dtype, memory_metrics
 from verl.utils.plugins import load_plugins
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
@@ -18,10 +23,19 @@ from verl.workers.fsdp_engine import FSDPEngine
 from verl.workers.policy_update import PolicyUpdate
 from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.hf import HFRollout
+from verl.workers.rollout.weight_transfer import PolicyWeights, TransferPlan, make_sender
 from verl.workers.sequences import MicroBatchSpec
 
 ENGINES = {"fsdp2": FSDPEngine}
-ROLLOUTS = {"hf": HFRollout}
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a worker is. `node_id`: Ray's, None without Ray. `gpus`: CUDA_VISIBLE_DEVICES as Ray gave it."""
+
+    device: str
+    node_id: str | None
+    gpus: str
 
 
 class ActorRolloutRefWorker(Worker):
@@ -54,43 +68,68 @@ class ActorRolloutRefWorker(Worker):
         )
         self.reference = engine(model.path, self.device) if self.with_reference else None
         self.policy_update = PolicyUpdate(self.actor, actor, rollout.temperature)
-        self.rollout = ROLLOUTS[rollout.name](
-            self.actor.config,
-            self.device,
-            compute_dtype(self.device),
-            stop_token_ids(self.tokenizer, self.actor.generation_config),
-            self.tokenizer.pad_token_id,
-            rollout.max_num_seqs,
-        )
+        self.sender: Any = None  # to engines outside this worker
+        if rollout.name == "hf":
+            self.rollout = HFRollout(
+                self.actor.config,
+                self.device,
+                compute_dtype(self.device),
+                stop_token_ids(self.tokenizer, self.actor.generation_config),
+                self.tokenizer.pad_token_id,
+                rollout.max_num_seqs,
+            )
+
+    @register(Dispatch.ALL)
+    def locate(self) -> Location:
+        """Where this worker is, so that an engine can be put beside it."""
+        node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
+        return Location(self.device.type, node_id, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+
+    @register(Dispatch.RANK_ZERO)
+    def stop_token_ids(self) -> list[int]:
+        """Ids that end a response."""
+        return stop_token_ids(self.tokenizer, self.actor.generation_config)
+
+    @register(Dispatch.ALL)
+    def connect_rollout(self, plan: TransferPlan) -> None:
+        """From now on `update_weights` goes to the engines of `plan`."""
+        if self.sender is not None:
+            self.sender.shutdown()
+        self.sender = make_sender(plan, self.rank, PolicyWeights(self.actor, plan.dtype))
 
     @register(Dispatch.ALL)
     def update_weights(self) -> None:
-        """Bring the trained weights to the rollout engine."""
-        self.rollout.load_weights(self.actor.full_parameters())
+        """Bring the trained weights to the rollout engines."""
+        if self.config.rollout.name == "hf":
+            self.rollout.load_weights(self.actor.full_parameters())
+        else:
+            self.sender.send_weights()
+
+    @register(Dispatch.RANK_ZERO)
+    def weight_checksums(self, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+        """`checksum` of each weight in `dtype`, by Hugging Face name."""
+        return {name: checksum(tensor) for name, tensor in PolicyWeights(self.actor, dtype)}
 
     @register(Dispatch.ROWS)
     def generate_sequences(self, data: DataProto) -> DataProto:
         """One response for each row of `data`: prompts (N, P), prompt_length (N,), uid (N,), row_key (N,) int64 and
-        meta_info["sampling"]. Returns responses (N, T), response_mask (N, T), rollout_log_probs (N, T)."""
+        meta_info["sampling"]. Returns the columns of GenerationOutput."""
         params: SamplingParams = data.meta_info["sampling"]
         output = self.rollout.generate(
             data["prompts"], data["prompt_length"], data["uid"], data["row_key"].numpy(), params
         )
-        mask = torch.arange(params.max_tokens) < output.lengths[:, None]
-        return DataProto.from_dict(
-            {"responses": output.responses, "response_mask": mask, "rollout_log_probs": output.log_probs}
-        )
+        return DataProto.from_dict(output.columns())
 
     @register(Dispatch.ROWS)
     def compute_log_prob(self, data: DataProto) -> DataProto:
-        """old_log_probs and entropy (N, T) of the responses under the policy as it is."""
+        """old_log_probs and entropy (N, T) of the responses under the policy as it is, at meta_info["temperature"]."""
         rollout = self.config.rollout
         spec = MicroBatchSpec.from_config(
             rollout.log_prob_micro_batch_size_per_gpu,
             rollout.log_prob_use_dynamic_bsz,
             rollout.log_prob_max_token_len_per_gpu,
         )
-        log_prob, entropy = self.actor.log_prob(data, rollout.temperature, spec)
+        log_prob, entropy = self.actor.log_prob(data, data.meta_info["temperature"], spec)
         return DataProto.from_dict({"old_log_probs": log_prob, "entropy": entropy})
 
     @register(Dispatch.ROWS)

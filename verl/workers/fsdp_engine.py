@@ -139,6 +139,10 @@ class FSDPEngine:
             tensor = parameter.detach()
             yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
+    def parameter_shapes(self) -> dict[str, torch.Size]:
+        """The whole shape of each tensor of `full_parameters`, in its order."""
+        return {name: parameter.shape for name, parameter in self.model.lm.named_parameters()}
+
     def state_dict(self) -> dict[str, Any]:
         """Sharded state for torch.distributed.checkpoint."""
         return {

@@ -30,9 +30,10 @@ class PolicyUpdate:
         """Run `ppo_epochs` passes over the mini-batches and return the metrics, averaged over optimizer steps.
 
         `data` holds this worker's rows of every mini-batch: the columns of `Sequences.from_batch`, `old_log_probs`
-        and `advantages` (N, T), `ref_log_prob` (N, T) if the KL loss is on, `selected` (N, T) if the policy loss
-        chooses tokens, and `mini_batch` (N,) int64, the number of the row's mini-batch, of which there are
-        meta_info["n_mini_batches"] over all workers.
+        and `advantages` (N, T), and `mini_batch` (N,) int64, the number of the row's mini-batch, of which there are
+        meta_info["n_mini_batches"] over all workers. Where configured, each (N, T): `ref_log_prob` of the KL loss,
+        `selected` of a policy loss that chooses tokens, `rollout_is_weights` that the policy loss is multiplied with,
+        and `loss_mask`, the response tokens that count in the loss (all, where it is missing).
         """
         steps: list[dict[str, float]] = []
         for _ in range(self.config.ppo_epochs):
@@ -44,12 +45,12 @@ class PolicyUpdate:
         }
 
     def _mini_batch(self, data: DataProto) -> dict[str, float]:
-        totals = self._totals(data["response_mask"])
+        totals = self._totals(_loss_mask(data))
         sums: dict[str, torch.Tensor] = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         for rows in micro_batches(data, self.spec):
             # The dummy row of a worker that has run out of rows goes the same way, with an empty mask.
             micro = data.select_rows(rows) if len(rows) else dummy_row(data)
-            mask = micro["response_mask"] & (len(rows) > 0)
+            mask = _loss_mask(micro) & (len(rows) > 0)
             self._micro_batch(micro, mask.to(self.engine.device), totals, sums)
         constants = {"actor/kl_coef": self.config.kl_loss_coef} if self.config.use_kl_loss else {}
         values = self.engine.sum_over_workers(torch.stack(list(sums.values())))
@@ -65,6 +66,10 @@ class PolicyUpdate:
         pg_loss, metrics = self.policy_loss(
             data["old_log_probs"].to(device), log_prob, data["advantages"].to(device), mask, config, **chosen
         )
+        if "rollout_is_weights" in data:
+            pg_loss = pg_loss * data["rollout_is_weights"].to(device)
+        if data.meta_info.get("report_entropy"):
+            metrics = metrics | {"actor/entropy": entropy}
         loss = pg_loss
         if config.entropy_coeff != 0:
             loss = loss - config.entropy_coeff * entropy
@@ -81,7 +86,11 @@ class PolicyUpdate:
         """Tokens and sequences of the whole mini-batch, over all workers."""
         counts = torch.tensor([response_mask.sum(), response_mask.any(dim=1).sum()], dtype=torch.float64)
         tokens, sequences = self.engine.sum_over_workers(counts).tolist()
-        return LossTotals(int(tokens), int(sequences), response_mask.shape[1])
+        return LossTotals(max(1, int(tokens)), max(1, int(sequences)), response_mask.shape[1])
+
+
+def _loss_mask(data: DataProto) -> torch.Tensor:
+    return data["loss_mask"] if "loss_mask" in data else data["response_mask"]
 
 
 def _mean(values: Iterable[float]) -> float:

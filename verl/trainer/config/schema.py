@@ -105,12 +105,33 @@ class ValSamplingConfig:
 
 @dataclass
 class RolloutConfig:
-    name: str = key("hf", "Rollout engine: `hf` (transformers, in the training process).")
+    name: str = key("hf", "Rollout engine: `vllm`, or `hf` (transformers, in the training process).")
+    mode: str = key("async", "Score a response when it is finished (`async`), or all at the end (`sync`).")
     n: int = key(1, "Responses per training question.")
     temperature: float = key(1.0, "Sampling temperature; the trainer divides its logits by it as well.")
     top_p: float = key(1.0, "Nucleus sampling; 1: off.")
     top_k: int = key(-1, "Top-k sampling; -1: off.")
     max_num_seqs: int = key(256, "Most sequences decoded together by one engine.")
+    calculate_log_probs: bool = key(True, "Take the engine's log-probs along, to compare and to correct with.")
+    nnodes: int = key(0, "vllm: nodes with GPUs for the engines alone; 0: engines share the training GPUs.")
+    n_gpus_per_node: int = key(8, "vllm: engine GPUs on each of those nodes (on a CPU: engines).")
+    tensor_model_parallel_size: int = key(1, "vllm: GPUs of one engine.")
+    dtype: str = key("auto", "vllm: `bfloat16`, `float16`, `float32`; `auto`: what training computes in.")
+    max_model_len: int | None = key(None, "vllm: longest sequence; null: longest prompt and longest response.")
+    max_num_batched_tokens: int = key(8192, "vllm: most tokens computed in one step of an engine.")
+    gpu_memory_utilization: float = key(0.5, "vllm: share of a GPU's memory for an engine.")
+    kv_cache_memory_bytes: int | None = key(
+        None, "vllm: key-value cache of an engine; null: what `gpu_memory_utilization` leaves, on a CPU 1 GiB."
+    )
+    enforce_eager: bool = key(False, "vllm: neither compile nor capture graphs: starts faster, decodes slower.")
+    enable_chunked_prefill: bool = key(True, "vllm: split long prompts over steps. Always off on a CPU.")
+    enable_prefix_caching: bool = key(True, "vllm: compute a prompt once for all its responses.")
+    free_cache_engine: bool = key(True, "vllm on the training GPUs: give their memory back while training.")
+    weight_check_freq: int = key(
+        10, "vllm: compare log-probs with the trainer's after step 1 and every so many steps; -1: never."
+    )
+    engine_timeout_s: int = key(300, "vllm: an engine that does not answer for so long is replaced.")
+    max_engine_restarts: int = key(3, "vllm: engines replaced in a run; one more failure stops it.")
     log_prob_micro_batch_size_per_gpu: int | None = key(
         II("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"), "Rows per log-prob pass; follows the actor's."
     )
@@ -187,6 +208,18 @@ class FilterGroupsConfig:
 
 
 @dataclass
+class RolloutCorrectionConfig:
+    rollout_is: str | None = key(None, "Importance weights old policy / engine: `token`, `sequence`; null: none.")
+    rollout_is_threshold: float = key(2.0, "They are cut off above this.")
+    rollout_rs: str | None = key(
+        None, "Leave out responses whose ratio is out of range: `sequence` (product), `geometric` (mean); null: none."
+    )
+    rollout_rs_threshold: float | None = key(None, "Largest ratio that stays.")
+    rollout_rs_threshold_lower: float | None = key(None, "Smallest; null: 1 / the largest.")
+    bypass_mode: bool = key(False, "Take the engine's log-probs as the old policy's: no pass to compute those.")
+
+
+@dataclass
 class AlgorithmConfig:
     adv_estimator: str = key("riskpo", "Advantage estimator by its registered name.")
     gamma: float = key(1.0, "Discount per token.")
@@ -199,6 +232,7 @@ class AlgorithmConfig:
     kl_penalty: str = key("kl", "Its estimator: `kl`, `abs`, `mse` or `low_var_kl`.")
     kl_ctrl: KLCtrlConfig = section(KLCtrlConfig)
     filter_groups: FilterGroupsConfig = section(FilterGroupsConfig)
+    rollout_correction: RolloutCorrectionConfig = section(RolloutCorrectionConfig)
     bundle_size: int = key(5, "Questions per bundle.")
     lr_q: float = key(
         0.1,

@@ -8,6 +8,7 @@ from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.core_algos import get_adv_estimator, get_policy_loss
 from verl.trainer.ppo.kl import KL_KINDS, get_kl_controller
 from verl.trainer.ppo.policy_losses import LOSS_AGG_MODES
+from verl.trainer.ppo.rollout_correction import check_rollout_correction
 from verl.utils.tracking import check_loggers
 
 CHOICES = {
@@ -16,7 +17,9 @@ CHOICES = {
     "actor_rollout_ref.actor.loss_agg_mode": LOSS_AGG_MODES,
     "actor_rollout_ref.actor.kl_loss_type": KL_KINDS,
     "actor_rollout_ref.actor.optim.lr_scheduler_type": ("constant", "linear", "cosine"),
-    "actor_rollout_ref.rollout.name": ("hf",),
+    "actor_rollout_ref.rollout.name": ("hf", "vllm"),
+    "actor_rollout_ref.rollout.mode": ("async", "sync"),
+    "actor_rollout_ref.rollout.dtype": ("auto", "bfloat16", "float16", "float32"),
     "algorithm.kl_penalty": KL_KINDS,
     "algorithm.filter_groups.metric": ("acc", "score", "seq_reward"),
     "trainer.resume_mode": ("auto", "disable"),
@@ -36,6 +39,12 @@ POSITIVE = (
     "actor_rollout_ref.rollout.n",
     "actor_rollout_ref.rollout.temperature",
     "actor_rollout_ref.rollout.max_num_seqs",
+    "actor_rollout_ref.rollout.tensor_model_parallel_size",
+    "actor_rollout_ref.rollout.n_gpus_per_node",
+    "actor_rollout_ref.rollout.max_model_len",
+    "actor_rollout_ref.rollout.max_num_batched_tokens",
+    "actor_rollout_ref.rollout.kv_cache_memory_bytes",
+    "actor_rollout_ref.rollout.engine_timeout_s",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu",
     "actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu",
     "actor_rollout_ref.rollout.val_kwargs.n",
@@ -54,6 +63,10 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "actor_rollout_ref.actor.clip_ratio_c": (lambda v: v > 1, "greater than 1"),
     "actor_rollout_ref.actor.policy_loss.cov_fraction": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "actor_rollout_ref.rollout.val_kwargs.temperature": (lambda v: v >= 0, "0 or more"),
+    "actor_rollout_ref.rollout.nnodes": (lambda v: v >= 0, "0 or more"),
+    "actor_rollout_ref.rollout.gpu_memory_utilization": (lambda v: 0 < v <= 1, "in (0, 1]"),
+    "actor_rollout_ref.rollout.max_engine_restarts": (lambda v: v >= 0, "0 or more"),
+    "actor_rollout_ref.rollout.weight_check_freq": (lambda v: v == -1 or v > 0, "-1 (never) or at least 1"),
     "algorithm.baseline_quantile": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "algorithm.utility_beta": (lambda v: v != 0, "other than 0"),
     "algorithm.filter_groups.max_num_gen_batches": (lambda v: v >= 0, "0 or more"),
@@ -194,5 +207,6 @@ def _check_algorithm(config: PPOConfig) -> None:
             estimator.check_num_questions(questions)
         get_policy_loss(actor.policy_loss.loss_mode)
         get_kl_controller(algorithm.kl_ctrl)
+        check_rollout_correction(algorithm.rollout_correction, config.actor_rollout_ref.rollout)
     except ValueError as error:
         raise ConfigError(str(error)) from error

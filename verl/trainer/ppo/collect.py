@@ -11,17 +11,17 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto, object_array
-from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config.schema import PPOConfig
-from verl.trainer.ppo.generation import concat_prompts, decode_responses, expand, generate
+from verl.trainer.ppo.generation import concat_prompts, expand
 from verl.trainer.ppo.groups import Groups
 from verl.trainer.ppo.registry import AdvantageEstimator
 from verl.trainer.ppo.reward import RewardManager
+from verl.trainer.ppo.score_stream import ScoreStream
 from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.timer import Timer
-from verl.workers.rollout.base import SamplingParams
+from verl.workers.rollout.base import Rollout, SamplingParams, ignore
 
-COUNTS = ("reward/exceptions", "reward/non_finite", "reward/overlong")
+COUNTS = ("reward/exceptions", "reward/non_finite", "reward/overlong", "rollout/engine_restarts")
 
 
 class Collector:
@@ -34,14 +34,14 @@ class Collector:
     def __init__(
         self,
         config: PPOConfig,
-        actor: WorkerGroup,
+        rollout: Rollout,
         loader: StatefulLoader,
         estimator: AdvantageEstimator,
         reward: RewardManager,
         tokenizer: Any,
     ) -> None:
         self.config = config
-        self.actor = actor
+        self.rollout = rollout
         self.loader = loader
         self.estimator = estimator
         self.reward = reward
@@ -78,17 +78,14 @@ class Collector:
         questions = batch.select_rows(batch["sample_index"] == 0)
         questions = questions.select(["prompts", "prompt_length", "uid", "data_source", "ground_truth", "extra_info"])
         single = expand(questions, 1, self.config.trainer.seed, batch.meta_info["step"])
-        scored, metrics = self._score(generate(self.actor, single, self._sampling_params(greedy=True), 1))
+        scored, metrics = self._generate_and_score(single, self._sampling_params(greedy=True), 1, Timer())
         return scored["token_level_scores"].sum(1).repeat_interleave(n), metrics
 
     def _sample(self, step: int, part: int, timer: Timer) -> tuple[DataProto, dict[str, float]]:
         """Responses to the next questions of the loader; `part` counts the loader's batches within the step."""
         n = self.config.actor_rollout_ref.rollout.n
         batch = expand(self._name(next(self.loader), step, part), n, self.config.trainer.seed, step)
-        with timer("gen"):
-            batch = generate(self.actor, batch, self._sampling_params(), n)
-        with timer("reward"):
-            return self._score(batch)
+        return self._generate_and_score(batch, self._sampling_params(), n, timer)
 
     def _name(self, questions: DataProto, step: int, part: int) -> DataProto:
         """The questions with a `uid`, and a `bundle_uid` where the estimator bundles."""
@@ -107,11 +104,24 @@ class Collector:
         max_tokens = self.config.data.max_response_length
         return SamplingParams(max_tokens, rollout.temperature, rollout.top_p, rollout.top_k, greedy)
 
-    def _score(self, batch: DataProto) -> tuple[DataProto, dict[str, float]]:
-        texts = decode_responses(self.tokenizer, batch)
-        scores, extras, metrics = self.reward(batch, texts)
+    def _generate_and_score(
+        self, batch: DataProto, params: SamplingParams, n: int, timer: Timer
+    ) -> tuple[DataProto, dict[str, float]]:
+        """Responses and their scores. Under `rollout.mode=async` the ones that are finished are scored while the others
+        are generated: the phase `reward` is what is left to wait for."""
+        stream = ScoreStream(self.reward, self.tokenizer, batch)
+        early = self.config.actor_rollout_ref.rollout.mode == "async"
+        with timer("gen"):
+            output, metrics = self.rollout.generate(batch, params, n, stream.add if early else ignore)
+        batch = batch.with_columns(**output.columns())
+        with timer("reward"):
+            if not early:
+                stream.add(np.arange(len(batch)), output)
+            texts, outcomes = stream.finish()
+            scores, extras, reward_metrics = self.reward.assemble(batch["response_mask"], texts, outcomes)
         columns = {name: extras[name] for name in ("score", "acc", "pred")}
-        return batch.with_columns(token_level_scores=scores, response_text=object_array(texts), **columns), metrics
+        batch = batch.with_columns(token_level_scores=scores, response_text=object_array(texts), **columns)
+        return batch, metrics | reward_metrics
 
 
 def informative_rows(batch: DataProto, metric: str) -> np.ndarray:

@@ -6,10 +6,7 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto
-from verl.single_controller.worker_group import WorkerGroup
 from verl.utils.random import row_keys
-from verl.utils.seqlen_balancing import contiguous_partition
-from verl.workers.rollout.base import SamplingParams
 
 
 def expand(questions: DataProto, n: int, seed: int, step: int) -> DataProto:
@@ -25,17 +22,6 @@ def expand(questions: DataProto, n: int, seed: int, step: int) -> DataProto:
     return batch
 
 
-def generate(actor: WorkerGroup, batch: DataProto, params: SamplingParams, n: int) -> DataProto:
-    """`batch` with responses, response_mask and rollout_log_probs (N, T); a question's `n` rows go to one worker, where
-    they share the prompt."""
-    inputs = batch.select(["prompts", "prompt_length", "uid", "row_key"])
-    inputs.meta_info = {"sampling": params}
-    row_of = np.arange(len(batch)).reshape(-1, n)
-    questions = contiguous_partition(len(row_of), actor.world_size)
-    output = actor.generate_sequences(inputs, rows=[row_of[part].ravel() for part in questions])
-    return batch.with_columns(**output.columns())
-
-
 def concat_prompts(parts: list[DataProto]) -> DataProto:
     """The rows of all parts, in order; prompts are padded on the left to the longest of all."""
     longest = max(part["prompts"].shape[1] for part in parts)
@@ -48,7 +34,7 @@ def concat_prompts(parts: list[DataProto]) -> DataProto:
     return DataProto.concat(padded)
 
 
-def decode_responses(tokenizer: Any, batch: DataProto) -> list[str]:
-    """The text of each response, special tokens left out."""
-    rows = [ids[mask].tolist() for ids, mask in zip(batch["responses"], batch["response_mask"], strict=True)]
+def decode_responses(tokenizer: Any, responses: torch.Tensor, response_mask: torch.Tensor) -> list[str]:
+    """The text of each response, special tokens left out. responses, response_mask: (R, T)."""
+    rows = [ids[mask].tolist() for ids, mask in zip(responses, response_mask, strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -41,7 +41,7 @@ def token_weights(response_mask: torch.Tensor, mode: str, totals: LossTotals) ->
     """
     mask = response_mask.float()
     if mode == "token-mean":
-        return mask / max(totals.tokens, 1)
+        return mask / totals.tokens
     if mode == "seq-mean-token-sum":
         return mask / totals.sequences
     if mode == "seq-mean-token-mean":

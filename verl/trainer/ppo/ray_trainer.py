@@ -19,6 +19,7 @@ from verl.trainer.ppo.metrics import compute_data_metrics, compute_timing_metric
 from verl.trainer.ppo.policy_losses import select_tokens
 from verl.trainer.ppo.reward import RewardManager
 from verl.trainer.ppo.risk_metrics import covariance_metrics
+from verl.trainer.ppo.rollout_correction import rollout_correction
 from verl.trainer.ppo.update_plan import UpdatePlan
 from verl.trainer.ppo.validation import Validator
 from verl.utils.checkpoint import CheckpointFolder
@@ -26,10 +27,14 @@ from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.timer import Timer
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
+from verl.workers.rollout.base import Rollout
+from verl.workers.rollout.engine_rollout import EngineRollout
+from verl.workers.rollout.weight_check import WeightCheck
 
 # The columns from which a model computes log-probabilities.
 TOKENS = ["prompts", "prompt_length", "responses", "response_mask"]
 MAX_SAMPLE_ROWS = 256  # of a step, written to samples/
+CHECK_QUESTIONS = 16  # whose responses the weight check compares
 
 
 class RayPPOTrainer:
@@ -38,6 +43,7 @@ class RayPPOTrainer:
     Args:
         config: the checked configuration.
         actor: worker group of ActorRolloutRefWorker, its model not yet loaded.
+        rollout: the engines that sample, not yet started.
         loader: batches of questions, resumable.
         reward: scores responses.
         validator: measures the policy on the validation questions.
@@ -49,6 +55,7 @@ class RayPPOTrainer:
         self,
         config: PPOConfig,
         actor: WorkerGroup,
+        rollout: Rollout,
         loader: StatefulLoader,
         reward: RewardManager,
         validator: Validator,
@@ -57,6 +64,7 @@ class RayPPOTrainer:
     ) -> None:
         self.config = config
         self.actor = actor
+        self.rollout = rollout
         self.loader = loader
         self.validator = validator
         self.tracking = tracking
@@ -64,7 +72,7 @@ class RayPPOTrainer:
         self.estimator = get_adv_estimator(
             algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
         )
-        self.collect = Collector(config, actor, loader, self.estimator, reward, tokenizer)
+        self.collect = Collector(config, rollout, loader, self.estimator, reward, tokenizer)
         self.kl_controller = get_kl_controller(algorithm.kl_ctrl)
         self.with_reference = needs_reference(config)
         self.checkpoints = CheckpointFolder(Path(config.trainer.default_local_dir) / "checkpoints")
@@ -75,9 +83,7 @@ class RayPPOTrainer:
     def fit(self) -> None:
         """Train from the newest checkpoint, or from the start, to the last step."""
         trainer = self.config.trainer
-        self.actor.init_model()
-        self._resume()
-        self.actor.update_weights()
+        self.start()
         self.tracking.start(self.step, self.total_steps)
         if self.step == 0 and trainer.val_before_train:
             self.tracking.log(self.validator(step=0), step=0)
@@ -101,6 +107,14 @@ class RayPPOTrainer:
                 # Only now does the checkpoint count: what a run resumed from it has logged is what it has done.
                 self.checkpoints.commit(self.step, required=("trainer.pt", str(Path("actor", ".metadata"))))
 
+    def start(self) -> None:
+        """Load the model, start the engines, take up the newest checkpoint, and bring its weights to the engines."""
+        self.actor.init_model()
+        self.rollout.start()
+        self.weight_check = self._prepare_weight_check()
+        self._resume()
+        self._update_weights(check=True)
+
     def train_step(self, timer: Timer) -> tuple[DataProto, dict[str, float]]:
         """One step: sample, score, advantages, update. Returns the N = questions * n rows and the metrics."""
         batch, metrics = self.collect(self.step, timer)
@@ -109,11 +123,13 @@ class RayPPOTrainer:
                 baselines, greedy_metrics = self.collect.greedy_rewards(batch)
             batch = batch.with_columns(reward_baselines=baselines)
             metrics |= {name: metrics[name] + greedy_metrics[name] for name in COUNTS if name in metrics}
+        metrics |= self.rollout.pause()
         plan = UpdatePlan.make(batch, self.config, self.actor.world_size)
         batch = batch.with_columns(mini_batch=plan.mini_batch)
         batch.meta_info["n_mini_batches"] = plan.n_mini_batches
+        batch.meta_info["report_entropy"] = self.config.algorithm.rollout_correction.bypass_mode
         with timer("old_log_prob"):
-            batch = batch.union(self.actor.compute_log_prob(batch.select(TOKENS), rows=plan.rows))
+            batch = self._old_log_probs(batch, plan, metrics)
         if self.with_reference:
             with timer("ref"):
                 batch = batch.union(self.actor.compute_ref_log_prob(batch.select(TOKENS), rows=plan.rows))
@@ -124,7 +140,7 @@ class RayPPOTrainer:
         with timer("update_actor"):
             actor_metrics = self.actor.update_actor(self._update_inputs(batch), rows=plan.rows)[0]
         with timer("update_weights"):
-            self.actor.update_weights()
+            metrics |= self._update_weights(check=self._weight_check_is_due())
         metrics |= (
             compute_data_metrics(batch, self.config.data.max_prompt_length)
             | output.metrics
@@ -135,6 +151,26 @@ class RayPPOTrainer:
         return batch, metrics
 
     # -- stages of a step
+    def _old_log_probs(self, batch: DataProto, plan: UpdatePlan, metrics: dict[str, float]) -> DataProto:
+        """`old_log_probs` of the policy before the update, or (bypass_mode) the engine's own; with the correction for
+        the difference between the two, where that is configured."""
+        correction = self.config.algorithm.rollout_correction
+        if correction.bypass_mode:
+            return batch.with_columns(old_log_probs=batch["rollout_log_probs"])
+        inputs = batch.select(TOKENS)
+        inputs.meta_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
+        batch = batch.with_columns(**self.actor.compute_log_prob(inputs, rows=plan.rows).columns())
+        if "rollout_log_probs" not in batch:
+            return batch
+        mask = batch["response_mask"]
+        corrected = rollout_correction(batch["old_log_probs"], batch["rollout_log_probs"], mask, correction)
+        metrics |= corrected.metrics
+        if corrected.weights is not None:
+            batch = batch.with_columns(rollout_is_weights=corrected.weights)
+        if correction.rollout_rs is not None:
+            batch = batch.with_columns(loss_mask=mask & corrected.keep[:, None])
+        return batch
+
     def _token_rewards(self, batch: DataProto, metrics: dict[str, float]) -> DataProto:
         """Token rewards: the scores, less the KL penalty if it is in the reward."""
         algorithm = self.config.algorithm
@@ -158,6 +194,7 @@ class RayPPOTrainer:
         actor = self.config.actor_rollout_ref.actor
         inputs = [*TOKENS, "old_log_probs", "advantages", "mini_batch"]
         inputs += ["ref_log_prob"] if self.with_reference else []
+        inputs += [name for name in ("rollout_is_weights", "loss_mask") if name in batch]
         selected = select_tokens(
             actor.policy_loss.loss_mode,
             batch["old_log_probs"],
@@ -170,6 +207,23 @@ class RayPPOTrainer:
         )
         update = batch.select(inputs)
         return update if selected is None else update.with_columns(selected=selected)
+
+    # ---------------------------------------------------------------------------------------------------- engines
+    def _prepare_weight_check(self) -> WeightCheck | None:
+        """For engines that hold weights of their own, measured now that both sides have loaded the same ones."""
+        config = self.config.actor_rollout_ref.rollout
+        if not isinstance(self.rollout, EngineRollout) or config.weight_check_freq < 0:
+            return None
+        check = WeightCheck(self.rollout, self.actor, self.config.trainer.seed, self.config.data.max_response_length)
+        check.prepare(self.loader.dataset.batch(range(min(CHECK_QUESTIONS, len(self.loader.dataset)))))
+        return check
+
+    def _weight_check_is_due(self) -> bool:
+        return self.step == 1 or self.step % self.config.actor_rollout_ref.rollout.weight_check_freq == 0
+
+    def _update_weights(self, check: bool) -> dict[str, float]:
+        metrics = self.rollout.update_weights()
+        return metrics | self.weight_check() if check and self.weight_check else metrics
 
     # ---------------------------------------------------------------------------------------------- checkpoints
     def _write_checkpoint(self) -> None:
@@ -256,9 +310,13 @@ def policy_metrics(batch: DataProto) -> dict[str, float]:
     covariance = covariance_metrics(
         batch["old_log_probs"], batch["advantages"], mask, batch["token_level_rewards"].sum(1).double(), batch["uid"]
     )
+    if "entropy" not in batch:  # bypass_mode: the update tells the entropy, and there is nothing to compare
+        return covariance
+    covariance["actor/entropy"] = float(masked_mean(batch["entropy"], mask))
+    if "rollout_log_probs" not in batch:
+        return covariance
     diff = (batch["old_log_probs"].exp() - batch["rollout_log_probs"].exp()).abs()[mask]
     return covariance | {
-        "actor/entropy": float(masked_mean(batch["entropy"], mask)),
         "training/rollout_probs_diff_mean": float(diff.mean()),
         "training/rollout_probs_diff_max": float(diff.max()),
         "training/rollout_probs_diff_std": float(diff.std(unbiased=False)),

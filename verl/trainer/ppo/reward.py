@@ -211,11 +211,22 @@ class RewardManager:
            fields as `reward_extra/{name}` (None where a row has none);
          - metrics: `reward/exceptions` and `reward/non_finite` (calls), `reward_extra/{name}/mean` of numeric fields.
         """
-        requests = [
-            RewardRequest(*row)
-            for row in zip(batch["data_source"], responses, batch["ground_truth"], batch["extra_info"], strict=True)
-        ]
-        outcomes = [read_result(result) for result in self.reward.evaluate(requests)]
+        outcomes = self.outcomes(self.requests(batch, responses))
+        return self.assemble(batch["response_mask"], responses, outcomes)
+
+    def requests(self, batch: DataProto, responses: list[str]) -> list[RewardRequest]:
+        """What is asked of the reward function for each row."""
+        columns = (batch["data_source"], responses, batch["ground_truth"], batch["extra_info"])
+        return [RewardRequest(*row) for row in zip(*columns, strict=True)]
+
+    def outcomes(self, requests: list[RewardRequest]) -> list[Outcome]:
+        """Call the reward function."""
+        return [read_result(result) for result in self.reward.evaluate(requests)]
+
+    def assemble(
+        self, mask: torch.Tensor, responses: list[str], outcomes: list[Outcome]
+    ) -> tuple[torch.Tensor, dict[str, np.ndarray], dict[str, float]]:
+        """What `__call__` returns, from the outcomes of all rows; mask: (N, T) of response tokens."""
         metrics = {f"reward/{kind}": 0.0 for kind in ("exceptions", "non_finite")}
         for outcome in outcomes:
             if outcome.failure:
@@ -223,7 +234,6 @@ class RewardManager:
                 self._log(outcome.message)
         scores = torch.tensor([outcome.score for outcome in outcomes], dtype=torch.float32)
         extras, extra_metrics = _extras(outcomes, responses)
-        mask = batch["response_mask"]
         if self.overlong is not None and self.overlong.enable:
             penalty = overlong_penalty(mask.sum(1), mask.shape[1], self.overlong)
             metrics |= {"reward/overlong_penalty": float(penalty.mean()), "reward/overlong": float((penalty < 0).sum())}

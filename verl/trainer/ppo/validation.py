@@ -3,14 +3,13 @@
 from typing import Any
 
 from verl.protocol import object_array
-from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config.schema import PPOConfig
-from verl.trainer.ppo.generation import decode_responses, expand, generate
+from verl.trainer.ppo.generation import decode_responses, expand
 from verl.trainer.ppo.reward import RewardManager
 from verl.trainer.ppo.validation_metrics import process_validation_metrics
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tracking import Tracking
-from verl.workers.rollout.base import SamplingParams
+from verl.workers.rollout.base import Rollout, SamplingParams, ignore
 
 
 class Validator:
@@ -22,14 +21,14 @@ class Validator:
     def __init__(
         self,
         config: PPOConfig,
-        actor: WorkerGroup,
+        rollout: Rollout,
         dataset: RLHFDataset,
         reward: RewardManager,
         tokenizer: Any,
         tracking: Tracking,
     ) -> None:
         self.config = config
-        self.actor = actor
+        self.rollout = rollout
         self.dataset = dataset
         self.reward = reward
         self.tokenizer = tokenizer
@@ -47,8 +46,9 @@ class Validator:
             sampling.top_k,
             greedy=not sampling.do_sample or sampling.temperature == 0,
         )
-        batch = generate(self.actor, batch, params, sampling.n)
-        texts = decode_responses(self.tokenizer, batch)
+        output, _ = self.rollout.generate(batch, params, sampling.n, ignore)
+        batch = batch.with_columns(**output.columns())
+        texts = decode_responses(self.tokenizer, batch["responses"], batch["response_mask"])
         _, extras, metrics = self.reward(batch, texts)
         self.tracking.log_samples(
             step,
