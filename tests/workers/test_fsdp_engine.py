@@ -16,14 +16,16 @@ from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import LocalWorkerGroup
 from verl.trainer.config.schema import OptimConfig
-from verl.workers.fsdp_engine import FSDPEngine, switch_off_dropout
+from verl.workers import engine_checkpoint
+from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers.model import ScoringModel, load_language_model, switch_off_dropout
 
 
 class EngineWorker(Worker):
     @register(Dispatch.ALL)
     def build(self, model_path: str) -> None:
         optim = OptimConfig(lr=1e-2, lr_scheduler_type="linear", lr_warmup_steps=2)
-        self.engine = FSDPEngine(model_path, self.device, optim, total_steps=10)
+        self.engine = FSDPEngine(ScoringModel(load_language_model(model_path)), self.device, optim, total_steps=10)
 
     @register(Dispatch.ALL)
     def step(self, seed: int, poison: bool = False) -> dict[str, float]:
@@ -38,15 +40,15 @@ class EngineWorker(Worker):
 
     @register(Dispatch.ALL)
     def save(self, folder) -> None:
-        self.engine.save(folder)
+        engine_checkpoint.save(self.engine, folder)
 
     @register(Dispatch.ALL)
     def load(self, folder) -> None:
-        self.engine.load(folder)
+        engine_checkpoint.load(self.engine, folder)
 
     @register(Dispatch.ALL)
     def export(self, folder, model_path) -> None:
-        self.engine.export(folder, AutoTokenizer.from_pretrained(model_path))
+        engine_checkpoint.export(self.engine, folder, AutoTokenizer.from_pretrained(model_path))
 
     @register(Dispatch.RANK_ZERO)
     def weights(self) -> dict[str, torch.Tensor]:

@@ -9,7 +9,8 @@ from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import LocalWorkerGroup
 from verl.trainer.config.schema import ActorConfig
-from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers.fsdp_engine import EngineSettings, FSDPEngine
+from verl.workers.model import ScoringModel, load_language_model
 from verl.workers.policy_update import PolicyUpdate
 from verl.workers.sequences import MicroBatchSpec
 
@@ -26,9 +27,9 @@ class UpdateWorker(Worker):
     @register(Dispatch.ALL)
     def build(self) -> None:
         config = ActorConfig()
-        self.engine = FSDPEngine(
-            self.model_path, self.device, config.optim, grad_clip=1e9, gradient_checkpointing=self.checkpointing
-        )
+        settings = EngineSettings(grad_clip=1e9, gradient_checkpointing=self.checkpointing)
+        model = ScoringModel(load_language_model(self.model_path))
+        self.engine = FSDPEngine(model, self.device, config.optim, settings=settings)
 
     @register(Dispatch.ROWS)
     def gradient(self, data: DataProto, config: ActorConfig, temperature: float) -> dict:

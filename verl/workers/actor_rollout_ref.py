@@ -19,7 +19,9 @@ from verl.utils.checksum import checksum
 from verl.utils.device import compute_dtype, memory_metrics
 from verl.utils.plugins import load_plugins
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
-from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers import engine_checkpoint
+from verl.workers.fsdp_engine import EngineSettings, FSDPEngine
+from verl.workers.model import ScoringModel, load_language_model
 from verl.workers.policy_update import PolicyUpdate
 from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.hf import HFRollout
@@ -57,16 +59,12 @@ class ActorRolloutRefWorker(Worker):
         model, actor, rollout = self.config.model, self.config.actor, self.config.rollout
         self.tokenizer = load_tokenizer(model.path)
         engine = ENGINES[actor.strategy]
-        self.actor = engine(
-            model.path,
-            self.device,
-            actor.optim,
-            self.total_steps,
-            actor.grad_clip,
-            model.enable_gradient_checkpointing,
-            actor.max_skipped_updates,
-        )
-        self.reference = engine(model.path, self.device) if self.with_reference else None
+        settings = EngineSettings(actor.grad_clip, model.enable_gradient_checkpointing, actor.max_skipped_updates)
+        policy = ScoringModel(load_language_model(model.path))
+        self.actor = engine(policy, self.device, actor.optim, self.total_steps, settings)
+        self.reference = None
+        if self.with_reference:
+            self.reference = engine(ScoringModel(load_language_model(model.path)), self.device)
         self.policy_update = PolicyUpdate(self.actor, actor, rollout.temperature)
         self.sender: Any = None  # to engines outside this worker
         if rollout.name == "hf":
@@ -151,15 +149,15 @@ class ActorRolloutRefWorker(Worker):
     @register(Dispatch.ALL)
     def save_checkpoint(self, folder: str) -> None:
         """Write this worker's part of a checkpoint, and from worker 0 a Hugging Face export."""
-        self.actor.save(Path(folder) / "actor")
-        self.actor.export(Path(folder) / "huggingface", self.tokenizer)
+        engine_checkpoint.save(self.actor, Path(folder) / "actor")
+        engine_checkpoint.export(self.actor, Path(folder) / "huggingface", self.tokenizer)
 
     @register(Dispatch.ALL)
     def load_checkpoint(self, folder: str) -> None:
         """Load what `save_checkpoint` wrote, on this number of workers or another."""
-        self.actor.load(Path(folder) / "actor")
+        engine_checkpoint.load(self.actor, Path(folder) / "actor")
 
     @register(Dispatch.ALL)
     def export(self, folder: str) -> None:
         """Write the policy as a Hugging Face folder."""
-        self.actor.export(Path(folder), self.tokenizer)
+        engine_checkpoint.export(self.actor, Path(folder), self.tokenizer)

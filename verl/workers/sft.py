@@ -9,7 +9,9 @@ from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.trainer.config.sft_schema import SFTConfig
 from verl.utils.tokenizer import load_tokenizer
-from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers import engine_checkpoint
+from verl.workers.fsdp_engine import EngineSettings, FSDPEngine
+from verl.workers.model import ScoringModel, load_language_model
 from verl.workers.sequences import MicroBatchSpec, dummy_row, micro_batches
 
 
@@ -24,12 +26,11 @@ class SFTWorker(Worker):
         config = self.config
         self.tokenizer = load_tokenizer(config.model.path, "model.path")
         self.engine = FSDPEngine(
-            config.model.path,
+            ScoringModel(load_language_model(config.model.path)),
             self.device,
             config.optim,
             config.trainer.total_training_steps,
-            config.grad_clip,
-            config.model.enable_gradient_checkpointing,
+            EngineSettings(config.grad_clip, config.model.enable_gradient_checkpointing),
         )
 
     @register(Dispatch.ROWS)
@@ -49,4 +50,4 @@ class SFTWorker(Worker):
     @register(Dispatch.ALL)
     def export(self, folder: str) -> None:
         """Write the model as a Hugging Face folder."""
-        self.engine.export(Path(folder), self.tokenizer)
+        engine_checkpoint.export(self.engine, Path(folder), self.tokenizer)
