@@ -12,7 +12,7 @@ TEXT = (ROOT / "docs" / "algorithm.md").read_text()
 CODE = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", TEXT, flags=re.S))
 FAMILIES = (
     "riskpo|quantile_tracking|quantile_baseline|actor|critic|reward|reward_extra|response_length|prompt_length|training"
-    "|timing_s|perf|val-core|rollout|rollout_corr"
+    "|timing_s|perf|val-core|rollout|rollout_corr|global_seqlen"
 )
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.e2e.runs import config, logged, train
 from verl.trainer.main_ppo import build, run
+from verl.trainer.ppo import ray_trainer
 from verl.utils.timer import Timer
 
 
@@ -196,6 +197,42 @@ def test_rollout_correction_runs_through_the_trainer(files, tmp_path, varied_rew
     assert plain[1]["actor/pg_loss"] == pytest.approx(bypass[1]["actor/pg_loss"], abs=1e-5)
     assert plain[1]["actor/entropy"] == pytest.approx(bypass[1]["actor/entropy"], abs=0.05)  # measured in the update
     assert "training/rollout_probs_diff_mean" not in bypass[1]
+
+
+def test_old_log_probs_are_left_to_a_single_update(files, tmp_path, varied_reward, monkeypatch):
+    """With one update a step the pass before it is skipped, and nothing that is logged changes but by rounding."""
+    one_update = ["actor_rollout_ref.actor.ppo_mini_batch_size=12", "trainer.total_training_steps=2"]
+    skipped = train(config(*files, tmp_path / "skipped", *varied_reward, *one_update))
+    monkeypatch.setattr(ray_trainer, "old_log_probs_differ", lambda *args: True)
+    passed = train(config(*files, tmp_path / "passed", *varied_reward, *one_update))
+    for one, other in zip(skipped[1:], passed[1:], strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            assert other[name] == pytest.approx(value, rel=1e-3, abs=2e-6), name
+    monkeypatch.undo()
+    trainer = build(config(*files, tmp_path / "calls", *varied_reward, *one_update))
+    trainer.start()
+    monkeypatch.setattr(trainer.actor.worker.actor, "log_prob", None)  # the pass
+    trainer.step = 1
+    trainer.train_step(Timer())
+    trainer.actor.shutdown()
+
+
+def test_adapters_train_and_leave_the_engine_merged(files, tmp_path, varied_reward):
+    """LoRA: only adapters have moments; the rollout's copy and the export have the merged weights; the reference policy
+    is the model without adapters; a resumed run goes on bit for bit."""
+    lora = ["actor_rollout_ref.model.lora_rank=4", "algorithm.use_kl_in_reward=True", "trainer.save_freq=1"]
+    steps = train(config(*files, tmp_path / "run", *varied_reward, *lora))
+    assert steps[1]["actor/reward_kl_penalty"] == pytest.approx(0, abs=1e-6)  # nothing has moved yet
+    assert steps[3]["actor/reward_kl_penalty"] != 0
+    assert max(step["training/rollout_probs_diff_max"] for step in steps[1:]) < 1e-5
+    before = dict(AutoModelForCausalLM.from_pretrained(files[1]).named_parameters())
+    after = weights(tmp_path / "run", 3)
+    assert before.keys() == after.keys()
+    moved = {name for name in after if not torch.equal(before[name], after[name])}
+    assert moved and all("_proj.weight" in name for name in moved)
+    train(config(*files, tmp_path / "stopped", *varied_reward, *lora, "trainer.total_training_steps=2"))
+    assert train(config(*files, tmp_path / "stopped", *varied_reward, *lora))[3] == steps[3]
 
 
 def test_sync_and_async_scoring_give_the_same_run(files, tmp_path, varied_reward):

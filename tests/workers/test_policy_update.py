@@ -20,16 +20,15 @@ N, P, T = 12, 5, 7
 class UpdateWorker(Worker):
     """Computes the gradient of one mini-batch without moving the weights."""
 
-    def __init__(self, model_path: str, checkpointing: bool = False) -> None:
+    def __init__(self, model_path: str, **settings) -> None:
         self.model_path = model_path
-        self.checkpointing = checkpointing
+        self.settings = EngineSettings(grad_clip=1e9, **settings)  # padded, unless it says otherwise
 
     @register(Dispatch.ALL)
     def build(self) -> None:
         config = ActorConfig()
-        settings = EngineSettings(grad_clip=1e9, gradient_checkpointing=self.checkpointing)
-        model = ScoringModel(load_language_model(self.model_path))
-        self.engine = FSDPEngine(model, self.device, config.optim, settings=settings)
+        model = ScoringModel(load_language_model(self.model_path, self.settings.packed))
+        self.engine = FSDPEngine(model, self.device, config.optim, settings=self.settings)
 
     @register(Dispatch.ROWS)
     def gradient(self, data: DataProto, config: ActorConfig, temperature: float) -> dict:
@@ -42,7 +41,7 @@ class UpdateWorker(Worker):
             return {}
 
         self.engine.step = keep_gradients
-        metrics = PolicyUpdate(self.engine, config, temperature)(data)
+        _, metrics = PolicyUpdate(self.engine, config, temperature)(data)
         return {"metrics": metrics, "gradients": gradients}
 
     @register(Dispatch.ROWS)
@@ -68,7 +67,7 @@ def batch() -> DataProto:
             "advantages": torch.randn(N, 1, generator=generator).expand(N, T).contiguous(),
             "mini_batch": torch.zeros(N, dtype=torch.int64),
         },
-        {"n_mini_batches": 1},
+        {"n_mini_batches": 1, "with_entropy": False},
     )
 
 
@@ -157,11 +156,39 @@ def assert_same(part: dict, whole: dict) -> None:
 
 
 def test_activation_checkpointing_changes_nothing(tiny_model, worker, batch):
-    group = LocalWorkerGroup(UpdateWorker, (str(tiny_model), True), device="cpu")
+    group = LocalWorkerGroup(UpdateWorker, (str(tiny_model),), {"gradient_checkpointing": True}, device="cpu")
     group.build()
     config = ActorConfig()
     assert_same(group.gradient(batch, config, 1.0)[0], worker.gradient(batch, config, 1.0)[0])
     group.shutdown()
+
+
+@pytest.fixture(scope="module")
+def grouped(batch) -> DataProto:
+    """The batch with three prompts, of four rows each."""
+    prompt = torch.arange(N) % 3
+    return batch.with_columns(prompts=batch["prompts"][prompt], prompt_length=batch["prompt_length"][prompt])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_packing_changes_nothing(tiny_model, worker, batch, grouped, checkpointing):
+    settings = {"packed": True, "gradient_checkpointing": checkpointing}
+    packed = LocalWorkerGroup(UpdateWorker, (str(tiny_model),), settings, device="cpu")
+    packed.build()
+    for data in (batch, grouped):
+        whole = worker.gradient(data, ActorConfig(ppo_micro_batch_size_per_gpu=N), 0.7)[0]
+        log_prob = worker.log_prob(data, 0.7, 10_000)
+        for split in (
+            ActorConfig(ppo_micro_batch_size_per_gpu=N),
+            ActorConfig(ppo_micro_batch_size_per_gpu=1),
+            ActorConfig(ppo_micro_batch_size_per_gpu=5),
+            ActorConfig(ppo_max_token_len_per_gpu=3 * (P + T)),
+        ):
+            assert_same(packed.gradient(data, split, 0.7)[0], whole)
+        part = packed.log_prob(data, 0.7, 2 * (P + T))
+        torch.testing.assert_close(part["log_prob"], log_prob["log_prob"], rtol=0, atol=1e-5)
+        torch.testing.assert_close(part["entropy"], log_prob["entropy"], rtol=0, atol=1e-5)
+    packed.shutdown()
 
 
 def test_log_probs_do_not_depend_on_the_micro_batches(worker, batch):
@@ -185,3 +212,33 @@ def test_two_workers_give_the_gradient_of_one(ray_cluster, tiny_model, worker, b
                 assert_same(result, whole)
         two = group.log_prob(batch, 1.0, 10_000, rows=[[3, 1, 2], [0, *range(4, N)]])
         torch.testing.assert_close(two["log_prob"], log_prob["log_prob"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow  # starts four Ray workers
+def test_four_workers_in_two_groups_give_the_gradient_of_one(ray_cluster, tiny_model, worker, batch):
+    """Hybrid sharding, gradients that are summed over workers once a mini-batch, and weights that move to and fro."""
+    from verl.single_controller.ray_worker_group import RayWorkerGroup
+
+    whole = worker.gradient(batch, ActorConfig(), 1.0)[0]
+    settings = {"fsdp_size": 2, "reduce_per_mini_batch": True, "param_offload": True, "optimizer_offload": True}
+    with RayWorkerGroup(UpdateWorker, (str(tiny_model),), settings, n_workers_per_node=4, device="cpu") as group:
+        group.build()
+        for rows in (None, [[0], [1, 2, 3, 4, 5], [], [6, 7, 8, 9, 10, 11]]):
+            for result in group.gradient(batch, ActorConfig(ppo_max_token_len_per_gpu=2 * (P + T)), 1.0, rows=rows):
+                assert_same(result, whole)
+
+
+@pytest.mark.slow  # starts four Ray workers
+def test_four_workers_of_which_two_share_each_row_give_the_gradient_of_one(ray_cluster, tiny_model, worker, grouped):
+    from verl.single_controller.ray_worker_group import RayWorkerGroup
+
+    whole = worker.gradient(grouped, ActorConfig(), 1.0)[0]
+    log_prob = worker.log_prob(grouped, 1.0, 10_000)["log_prob"]
+    settings = {"packed": True, "sequence_parallel_size": 2, "gradient_checkpointing": True}
+    with RayWorkerGroup(UpdateWorker, (str(tiny_model),), settings, n_workers_per_node=4, device="cpu") as group:
+        group.build()
+        for rows in (None, [[0], [1, 2, 3, 4, 5], [], [6, 7, 8, 9, 10, 11]], [[], [], list(range(N)), []]):
+            for result in group.gradient(grouped, ActorConfig(ppo_max_token_len_per_gpu=P + T), 1.0, rows=rows):
+                assert_same(result, whole)
+            shared = group.log_prob(grouped, 1.0, P + T, rows=rows)
+            torch.testing.assert_close(shared["log_prob"], log_prob, rtol=0, atol=1e-5)

@@ -3,13 +3,19 @@
 import sys
 from pathlib import Path
 
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from verl.single_controller.worker_group import WorkerGroup, create_worker_group
 from verl.trainer.cli import run_cli
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.config.validate import validate
-from verl.trainer.ppo.ray_trainer import RayPPOTrainer, check_resumable, needs_reference, total_training_steps
+from verl.trainer.ppo.checkpointing import check_resumable, check_shared
+from verl.trainer.ppo.ray_trainer import (
+    RayPPOTrainer,
+    needs_critic,
+    needs_reference,
+    total_training_steps,
+)
 from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward
 from verl.trainer.ppo.validation import Validator
 from verl.utils.dataset.loader import StatefulLoader
@@ -20,6 +26,7 @@ from verl.utils.report import print_report
 from verl.utils.tokenizer import load_tokenizer
 from verl.utils.tracking import Tracking
 from verl.workers.actor_rollout_ref import ActorRolloutRefWorker
+from verl.workers.critic import ActorCriticWorker
 from verl.workers.rollout.base import Rollout, WorkerRollout
 from verl.workers.rollout.engine_rollout import EngineRollout
 from verl.workers.rollout.vllm_checks import check_vllm, unused_keys
@@ -31,7 +38,8 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     validate(config)
     resolve_paths(config)
     tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
-    check_context_length(config)
+    check_context_length(config, config.actor_rollout_ref.model.path)
+    check_critic_model(config, tokenizer)
     if config.actor_rollout_ref.rollout.name == "vllm":
         check_vllm(config, cluster_device(config))
     train = RLHFDataset(config.data.train_files, tokenizer, config.data, "data.train_files")
@@ -45,6 +53,7 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     check_resumable(config, loader)
     tracking = Tracking.from_config(config)
     actor = start_actor(config, total_training_steps(config, len(loader)))
+    check_shared(config, actor)
     rollout = make_rollout(config, actor, tokenizer.pad_token_id)
     validator = Validator(config, rollout, val, reward, tokenizer, tracking)
     return RayPPOTrainer(config, actor, rollout, loader, reward, validator, tokenizer, tracking)
@@ -57,11 +66,26 @@ def resolve_paths(config: PPOConfig) -> None:
     model = Path(config.actor_rollout_ref.model.path)
     if model.is_dir():
         config.actor_rollout_ref.model.path = str(model.resolve())
+    critic = config.critic.model.path
+    if critic is not None and Path(critic).is_dir():
+        config.critic.model.path = str(Path(critic).resolve())
 
 
-def check_context_length(config: PPOConfig) -> None:
-    """Refuse sequences that are longer than the model's positions."""
-    path = config.actor_rollout_ref.model.path
+def check_critic_model(config: PPOConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a critic model that reads other tokens than the policy writes, or fewer of them."""
+    path = config.critic.model.path
+    if path is None or not needs_critic(config):
+        return
+    if load_tokenizer(path, "critic.model.path").get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f"critic.model.path={path} has another vocabulary than actor_rollout_ref.model.path="
+            f"{config.actor_rollout_ref.model.path}: use a model with the same tokenizer"
+        )
+    check_context_length(config, path)
+
+
+def check_context_length(config: PPOConfig, path: str) -> None:
+    """Refuse sequences that are longer than the positions of the model at `path`."""
     positions = getattr(AutoConfig.from_pretrained(path).get_text_config(), "max_position_embeddings", None)
     longest = config.data.max_prompt_length + config.data.max_response_length
     if positions is not None and longest > positions:
@@ -72,17 +96,19 @@ def check_context_length(config: PPOConfig) -> None:
 
 
 def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:
-    """The workers that hold the policy, and the reference policy where a KL term needs it."""
+    """The workers that hold the policy, the reference policy where a KL term needs it, and the critic where there is
+    one."""
     actor = config.actor_rollout_ref.actor
-    optimizer_steps = training_steps * actor.ppo_epochs * (config.data.train_batch_size // actor.ppo_mini_batch_size)
-    return create_worker_group(
-        config.trainer,
-        ActorRolloutRefWorker,
+    updates = actor.ppo_epochs * (config.data.train_batch_size // actor.ppo_mini_batch_size)  # per step
+    policy = (
         config.actor_rollout_ref,
-        optimizer_steps,
+        max(0, training_steps - config.trainer.critic_warmup) * updates,
         needs_reference(config),
         config.trainer.plugins,
     )
+    if needs_critic(config):
+        return create_worker_group(config.trainer, ActorCriticWorker, *policy, config.critic, training_steps * updates)
+    return create_worker_group(config.trainer, ActorRolloutRefWorker, *policy)
 
 
 def cluster_device(config: PPOConfig) -> str:

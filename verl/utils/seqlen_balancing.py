@@ -28,8 +28,12 @@ def contiguous_partition(n: int, parts: int) -> list[np.ndarray]:
 
 def split_by_rows(lengths: np.ndarray, rows: int) -> list[np.ndarray]:
     """Micro-batches of at most `rows` rows of similar length: index arrays, longest rows first."""
-    order = np.argsort(-lengths, kind="stable")
-    return [order[start : start + rows] for start in range(0, len(order), rows)]
+    return runs(np.argsort(-lengths, kind="stable"), rows)
+
+
+def runs(order: np.ndarray, size: int) -> list[np.ndarray]:
+    """`order` in pieces of `size`, the last perhaps shorter."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def split_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
@@ -37,8 +41,7 @@ def split_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
 
     Raises ValueError where one sequence alone exceeds the budget.
     """
-    if len(lengths) and lengths.max() > budget:
-        raise ValueError(f"a sequence of {lengths.max()} tokens exceeds the micro-batch budget of {budget} tokens")
+    _check_budget(lengths, budget)
     order = np.argsort(-lengths, kind="stable")
     parts, start = [], 0
     while start < len(order):
@@ -46,3 +49,25 @@ def split_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
         parts.append(order[start : start + rows])
         start += rows
     return parts
+
+
+def split_by_sum(lengths: np.ndarray, budget: int, order: np.ndarray) -> list[np.ndarray]:
+    """Micro-batches of rows that take at most `budget` tokens together, filled in the given order of indices.
+
+    Raises ValueError where one sequence alone exceeds the budget.
+    """
+    _check_budget(lengths, budget)
+    parts: list[list[int]] = []
+    taken = budget
+    for index in order:
+        if taken + lengths[index] > budget:
+            parts.append([])
+            taken = 0
+        parts[-1].append(index)
+        taken += lengths[index]
+    return [np.array(part, dtype=np.int64) for part in parts]
+
+
+def _check_budget(lengths: np.ndarray, budget: int) -> None:
+    if len(lengths) and lengths.max() > budget:
+        raise ValueError(f"a sequence of {lengths.max()} tokens exceeds the micro-batch budget of {budget} tokens")

@@ -13,14 +13,15 @@ import torch
 
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
-from verl.single_controller.worker import Worker
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.utils.checksum import checksum
 from verl.utils.device import compute_dtype, memory_metrics
 from verl.utils.plugins import load_plugins
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers import engine_checkpoint
+from verl.workers.checkpointed_worker import CheckpointedWorker
 from verl.workers.fsdp_engine import EngineSettings, FSDPEngine
+from verl.workers.lora import add_adapters, without_adapters
 from verl.workers.model import ScoringModel, load_language_model
 from verl.workers.policy_update import PolicyUpdate
 from verl.workers.rollout.base import SamplingParams
@@ -38,9 +39,10 @@ class Location:
     device: str
     node_id: str | None
     gpus: str
+    peak_flops: float | None = None
 
 
-class ActorRolloutRefWorker(Worker):
+class ActorRolloutRefWorker(CheckpointedWorker):
     """`total_steps`: optimizer steps of the run. `with_reference`: load the reference policy as well.
     `plugins`: files to import."""
 
@@ -59,12 +61,15 @@ class ActorRolloutRefWorker(Worker):
         model, actor, rollout = self.config.model, self.config.actor, self.config.rollout
         self.tokenizer = load_tokenizer(model.path)
         engine = ENGINES[actor.strategy]
-        settings = EngineSettings(actor.grad_clip, model.enable_gradient_checkpointing, actor.max_skipped_updates)
-        policy = ScoringModel(load_language_model(model.path))
-        self.actor = engine(policy, self.device, actor.optim, self.total_steps, settings)
-        self.reference = None
-        if self.with_reference:
-            self.reference = engine(ScoringModel(load_language_model(model.path)), self.device)
+        lm = load_language_model(model.path)
+        if model.lora_rank:
+            add_adapters(lm, model.lora_rank, model.lora_alpha)
+        settings = EngineSettings.of_actor(self.config)
+        self.actor = engine(ScoringModel(lm), self.device, actor.optim, self.total_steps, settings)
+        self.reference = None  # with adapters, the actor without them
+        if self.with_reference and not model.lora_rank:
+            settings = EngineSettings(param_offload=self.config.ref.fsdp_config.param_offload)
+            self.reference = engine(ScoringModel(load_language_model(model.path)), self.device, settings=settings)
         self.policy_update = PolicyUpdate(self.actor, actor, rollout.temperature)
         self.sender: Any = None  # to engines outside this worker
         if rollout.name == "hf":
@@ -98,15 +103,17 @@ class ActorRolloutRefWorker(Worker):
     @register(Dispatch.ALL)
     def update_weights(self) -> None:
         """Bring the trained weights to the rollout engines."""
-        if self.config.rollout.name == "hf":
-            self.rollout.load_weights(self.actor.full_parameters())
-        else:
-            self.sender.send_weights()
+        with self.actor.resident():
+            if self.config.rollout.name == "hf":
+                self.rollout.load_weights(self.actor.full_parameters())
+            else:
+                self.sender.send_weights()
 
     @register(Dispatch.RANK_ZERO)
     def weight_checksums(self, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
         """`checksum` of each weight in `dtype`, by Hugging Face name."""
-        return {name: checksum(tensor) for name, tensor in PolicyWeights(self.actor, dtype)}
+        with self.actor.resident():
+            return {name: checksum(tensor) for name, tensor in PolicyWeights(self.actor, dtype)}
 
     @register(Dispatch.ROWS)
     def generate_sequences(self, data: DataProto) -> DataProto:
@@ -127,7 +134,8 @@ class ActorRolloutRefWorker(Worker):
             rollout.log_prob_use_dynamic_bsz,
             rollout.log_prob_max_token_len_per_gpu,
         )
-        log_prob, entropy = self.actor.log_prob(data, data.meta_info["temperature"], spec)
+        with self.actor.resident():
+            log_prob, entropy = self.actor.log_prob(data, data.meta_info["temperature"], spec)
         return DataProto.from_dict({"old_log_probs": log_prob, "entropy": entropy})
 
     @register(Dispatch.ROWS)
@@ -137,27 +145,25 @@ class ActorRolloutRefWorker(Worker):
         spec = MicroBatchSpec.from_config(
             ref.log_prob_micro_batch_size_per_gpu, ref.log_prob_use_dynamic_bsz, ref.log_prob_max_token_len_per_gpu
         )
-        assert self.reference is not None, "built without the reference policy"
-        log_prob, _ = self.reference.log_prob(data, self.config.rollout.temperature, spec)
+        temperature = self.config.rollout.temperature
+        if self.reference is None:
+            with self.actor.resident(), without_adapters(self.actor.lm):
+                log_prob, _ = self.actor.log_prob(data, temperature, spec)
+        else:
+            with self.reference.resident():
+                log_prob, _ = self.reference.log_prob(data, temperature, spec)
         return DataProto.from_dict({"ref_log_prob": log_prob})
 
     @register(Dispatch.ROWS)
-    def update_actor(self, data: DataProto) -> dict[str, float]:
+    def update_actor(self, data: DataProto) -> tuple[DataProto, dict[str, float]] | dict[str, float]:
         """One step's policy update; see PolicyUpdate. Every worker returns the metrics of all."""
-        return self.policy_update(data) | memory_metrics(self.device)
-
-    @register(Dispatch.ALL)
-    def save_checkpoint(self, folder: str) -> None:
-        """Write this worker's part of a checkpoint, and from worker 0 a Hugging Face export."""
-        engine_checkpoint.save(self.actor, Path(folder) / "actor")
-        engine_checkpoint.export(self.actor, Path(folder) / "huggingface", self.tokenizer)
-
-    @register(Dispatch.ALL)
-    def load_checkpoint(self, folder: str) -> None:
-        """Load what `save_checkpoint` wrote, on this number of workers or another."""
-        engine_checkpoint.load(self.actor, Path(folder) / "actor")
+        with self.actor.resident(optimizer=True):
+            seen, metrics = self.policy_update(data)
+        metrics |= memory_metrics(self.device)
+        return metrics if seen is None else (seen, metrics)
 
     @register(Dispatch.ALL)
     def export(self, folder: str) -> None:
         """Write the policy as a Hugging Face folder."""
-        engine_checkpoint.export(self.actor, Path(folder), self.tokenizer)
+        with self.actor.resident():
+            engine_checkpoint.export(self.actor, Path(folder), self.tokenizer)

@@ -1,4 +1,5 @@
-"""The models that are trained: a causal language model that gives log-probabilities and entropies."""
+"""The models that are trained: a causal language model that gives log-probabilities and entropies, and the critic's,
+which gives values."""
 
 import torch
 from torch import nn
@@ -6,7 +7,22 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from verl.utils.torch_functional import log_prob_and_entropy
+from verl.workers.attention import IMPLEMENTATION, use_packed_attention
 from verl.workers.sequences import Sequences
+
+
+def decode(lm: PreTrainedModel, sequences: Sequences) -> torch.Tensor:
+    """(m, H) last hidden states where the m response tokens of `sequences` are predicted, in the compute dtype.
+
+    RuntimeError if packed sequences meet a model without `use_packed_attention`: it would mix them.
+    """
+    decoder, keywords = lm.get_decoder(), {}
+    if sequences.packing is not None:
+        if decoder.config._attn_implementation != IMPLEMENTATION:
+            raise RuntimeError("packed sequences need a model with packed attention: call use_packed_attention")
+        keywords = {"position_ids": sequences.position_ids, "packing": sequences.packing}
+    hidden = decoder(input_ids=sequences.input_ids, use_cache=False, **keywords).last_hidden_state
+    return hidden.flatten(0, 1).index_select(0, sequences.predictors)
 
 
 class ScoringModel(nn.Module):
@@ -21,19 +37,51 @@ class ScoringModel(nn.Module):
         self.lm = lm
 
     def forward(self, sequences: Sequences, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """log_prob and entropy, (M,) float32, of the M response tokens of `sequences`."""
-        hidden = self.lm.get_decoder()(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-        hidden = hidden[sequences.token_rows, sequences.hidden_positions]
+        """log_prob and entropy, (m,) float32, of the m response tokens of `sequences`."""
+        hidden = decode(self.lm, sequences)
         return log_prob_and_entropy(hidden, self.lm.get_output_embeddings().weight, sequences.labels, temperature)
 
 
-def load_language_model(model_path: str) -> PreTrainedModel:
-    """The model of a Hugging Face folder or hub name in float32, without dropout. ValueError for one whose logits are
-    more than last hidden state times head."""
+class ValueModel(nn.Module):
+    """A causal language model whose head has one output in place of the vocabulary: the value of a state.
+
+    The head starts at zero, so a new critic's values are 0, whatever the model: nothing random to agree on.
+    """
+
+    def __init__(self, lm: PreTrainedModel) -> None:
+        super().__init__()
+        head = nn.Linear(lm.get_output_embeddings().weight.shape[1], 1, bias=False)
+        nn.init.zeros_(head.weight)
+        lm.set_output_embeddings(head)
+        self.lm = lm
+
+    def forward(self, sequences: Sequences) -> torch.Tensor:
+        """(m,) float32 values of the states before the m response tokens of `sequences`: where each is predicted."""
+        # A product in bfloat16 would round values close to 1 to steps of 1/256.
+        return decode(self.lm, sequences).float() @ self.lm.get_output_embeddings().weight[0].float()
+
+
+def load_value_model(model_path: str, packed: bool = False) -> ValueModel:
+    """A critic on the model of a Hugging Face folder or hub name, in float32, without dropout; `packed`: see
+    `load_language_model`."""
+    disable_progress_bar()
+    lm = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+    switch_off_dropout(lm)
+    if packed:
+        use_packed_attention(lm, model_path)
+    return ValueModel(lm)
+
+
+def load_language_model(model_path: str, packed: bool = False) -> PreTrainedModel:
+    """The model of a Hugging Face folder or hub name in float32, without dropout; `packed`: for packed sequences (else
+    padded ones). ValueError for one whose logits are more than last hidden state times head, or that cannot be
+    packed."""
     disable_progress_bar()
     lm = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
     check_head(lm, model_path)
     switch_off_dropout(lm)
+    if packed:
+        use_packed_attention(lm, model_path)
     return lm
 
 

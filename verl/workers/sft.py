@@ -36,9 +36,11 @@ class SFTWorker(Worker):
     @register(Dispatch.ROWS)
     def step(self, data: DataProto) -> dict[str, float]:
         """One optimizer step on the batch; every worker returns the metrics of all: loss (nats per token) and so on."""
+        data, _ = self.engine.rows_of_group(data)
         tokens = float(self.engine.sum_over_workers(data["response_mask"].sum().double()))
         loss_sum = torch.zeros((), dtype=torch.float64)
-        for rows in micro_batches(data, MicroBatchSpec(None, self.config.data.max_token_len_per_gpu)):
+        spec = MicroBatchSpec(None, self.config.data.max_token_len_per_gpu)
+        for rows in micro_batches(data, spec, self.engine.layout):
             micro = data.select_rows(rows) if len(rows) else dummy_row(data)
             log_prob, _ = self.engine.forward(micro, temperature=1.0)
             mask = (micro["response_mask"] & (len(rows) > 0)).to(self.engine.device)

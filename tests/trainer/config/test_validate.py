@@ -14,6 +14,7 @@ BASE = [
 
 def test_a_sound_configuration_passes():
     validate(load_config(BASE))
+    validate(load_config([*BASE, "algorithm.adv_estimator=gae", "trainer.critic_warmup=5"]))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +34,9 @@ def test_a_sound_configuration_passes():
         (["algorithm.risk.omega=-1"], "algorithm.risk.omega=-1"),
         (["algorithm.risk.pairing=exactly"], "algorithm.risk.pairing=exactly"),
         (["algorithm.adv_estimator=riskop"], "algorithm.adv_estimator=riskop is not registered; did you mean riskpo"),
-        (["algorithm.adv_estimator=gae"], "critic"),
+        (["trainer.critic_warmup=5"], "critic_warmup=5: algorithm.adv_estimator=riskpo has no critic; set it to 0"),
+        (["trainer.critic_warmup=-1"], "trainer.critic_warmup=-1 must be 0 or more"),
+        (["algorithm.adv_estimator=gae", "critic.cliprange_value=0"], "critic.cliprange_value=0.0 must be greater"),
         (["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=1"], "rollout.n must be at least 2"),
         (["actor_rollout_ref.actor.policy_loss.loss_mode=ppo"], "loss_mode=ppo is not registered"),
         (["actor_rollout_ref.actor.loss_agg_mode=mean"], "loss_agg_mode=mean: use one of token-mean"),

@@ -48,6 +48,8 @@ class DataConfig:
 class ModelConfig:
     path: str = key(MISSING, "Hugging Face folder (or hub name) of the model and its tokenizer.")
     enable_gradient_checkpointing: bool = key(True, "Recompute each layer in the backward pass to save memory.")
+    lora_rank: int = key(0, "Train low-rank adapters of this rank on every linear layer; 0: all weights.")
+    lora_alpha: int = key(16, "Adapters are scaled by this / `lora_rank`.")
 
 
 @dataclass
@@ -64,6 +66,22 @@ class PolicyLossConfig:
     cov_fraction: float = key(
         2e-4, "clip_cov, kl_cov: share of a mini-batch's tokens that is detached, or KL-penalised."
     )
+
+
+@dataclass
+class FSDPConfig:
+    fsdp_size: int = key(-1, "Workers that hold one copy of the model together (hybrid sharding); -1: all.")
+    param_offload: bool = key(False, "Weights wait in the CPU's memory while they are not used.")
+    optimizer_offload: bool = key(False, "So does the optimizer's state.")
+    reduce_per_mini_batch: bool = key(
+        False,
+        "Sum gradients over workers once per mini-batch, not per micro-batch: faster, but whole on each GPU.",
+    )
+
+
+@dataclass
+class RefFSDPConfig:
+    param_offload: bool = key(False, "The reference policy's weights wait in the CPU's memory while not used.")
 
 
 @dataclass
@@ -92,6 +110,7 @@ class ActorConfig:
     max_skipped_updates: int = key(10, "Updates in a row with a gradient that is not finite that stop the run.")
     policy_loss: PolicyLossConfig = section(PolicyLossConfig)
     optim: OptimConfig = section(OptimConfig)
+    fsdp_config: FSDPConfig = section(FSDPConfig)
 
 
 @dataclass
@@ -146,6 +165,7 @@ class RolloutConfig:
 
 @dataclass
 class RefConfig:
+    fsdp_config: RefFSDPConfig = section(RefFSDPConfig)
     log_prob_micro_batch_size_per_gpu: int | None = key(
         II("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"), "Rows per reference pass; follows the actor's."
     )
@@ -163,6 +183,24 @@ class ActorRolloutRefConfig:
     actor: ActorConfig = section(ActorConfig)
     rollout: RolloutConfig = section(RolloutConfig)
     ref: RefConfig = section(RefConfig)
+
+
+# -------------------------------------------------------------------------------------------------------- critic
+@dataclass
+class CriticModelConfig:
+    path: str | None = key(None, "Model under the critic's value head, with the actor's tokenizer; null: the actor's.")
+
+
+@dataclass
+class CriticOptimConfig:
+    lr: float = key(1e-5, "Peak learning rate of the critic; everything else is the actor's.")
+
+
+@dataclass
+class CriticConfig:
+    model: CriticModelConfig = section(CriticModelConfig)
+    optim: CriticOptimConfig = section(CriticOptimConfig)
+    cliprange_value: float = key(0.5, "In the value loss, values move at most so far from those before the update.")
 
 
 # ----------------------------------------------------------------------------------------------------- algorithm
@@ -302,9 +340,12 @@ class TrainerConfig:
     total_training_steps: int | None = key(None, "Stop after this many steps; null: after `total_epochs`.")
     seed: int = key(1, "The one seed: order of questions, sampling, bundles, pairings.")
     balance_batch: bool = key(True, "Give workers equal amounts of tokens rather than equal numbers of rows.")
+    critic_warmup: int = key(0, "First steps, in which only the critic is updated.")
     val_before_train: bool = key(True, "Validate before the first step.")
     test_freq: int = key(-1, "Validate every so many steps; -1: at the end only.")
     save_freq: int = key(-1, "Save a checkpoint every so many steps; -1: never.")
+    async_save: bool = key(False, "Write checkpoints while training goes on, from a copy in the CPU's memory.")
+    max_actor_ckpt_to_keep: int | None = key(None, "Complete checkpoints that are kept, the newest; null: all.")
     resume_mode: str = key("auto", "`auto`: go on from the newest complete checkpoint; `disable`: start anew.")
     plugins: list[str] = key([], "Python files imported by driver and workers, with estimators or losses of your own.")
     log_val_generations: int = key(0, "Validation samples shown in the tracker.")
@@ -316,6 +357,7 @@ class PPOConfig:
 
     data: DataConfig = section(DataConfig)
     actor_rollout_ref: ActorRolloutRefConfig = section(ActorRolloutRefConfig)
+    critic: CriticConfig = section(CriticConfig)
     algorithm: AlgorithmConfig = section(AlgorithmConfig)
     reward_model: RewardModelConfig = section(RewardModelConfig)
     custom_reward_function: CustomRewardConfig = section(CustomRewardConfig)

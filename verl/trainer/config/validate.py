@@ -50,11 +50,14 @@ POSITIVE = (
     "actor_rollout_ref.rollout.val_kwargs.n",
     "actor_rollout_ref.ref.log_prob_micro_batch_size_per_gpu",
     "actor_rollout_ref.ref.log_prob_max_token_len_per_gpu",
+    "critic.optim.lr",
+    "critic.cliprange_value",
     "trainer.nnodes",
     "trainer.n_gpus_per_node",
     "trainer.start_timeout_s",
     "trainer.total_epochs",
     "trainer.total_training_steps",
+    "trainer.max_actor_ckpt_to_keep",
 )
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "actor_rollout_ref.actor.optim.weight_decay": (lambda v: v >= 0, "0 or more"),
@@ -70,6 +73,7 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "algorithm.baseline_quantile": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "algorithm.utility_beta": (lambda v: v != 0, "other than 0"),
     "algorithm.filter_groups.max_num_gen_batches": (lambda v: v >= 0, "0 or more"),
+    "trainer.critic_warmup": (lambda v: v >= 0, "0 or more"),
 }
 
 
@@ -199,9 +203,10 @@ def _check_algorithm(config: PPOConfig) -> None:
         estimator = get_adv_estimator(
             algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
         )
-        if estimator.needs_critic:
+        if config.trainer.critic_warmup and not estimator.needs_critic:
             raise ConfigError(
-                f"algorithm.adv_estimator={algorithm.adv_estimator} needs a critic, which is not built yet"
+                f"trainer.critic_warmup={config.trainer.critic_warmup}: algorithm.adv_estimator="
+                f"{algorithm.adv_estimator} has no critic; set it to 0, or algorithm.adv_estimator=gae"
             )
         for questions in {config.data.train_batch_size, config.data.gen_batch_size or config.data.train_batch_size}:
             estimator.check_num_questions(questions)

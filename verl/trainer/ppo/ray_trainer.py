@@ -3,27 +3,28 @@
 The driver holds ids, tokens, rewards and advantages; models live in the workers.
 """
 
-from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import torch
+from transformers import AutoConfig
 
 from verl.protocol import DataProto
 from verl.single_controller.worker_group import WorkerGroup
 from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.checkpointing import Checkpointing
 from verl.trainer.ppo.collect import COUNTS, Collector
-from verl.trainer.ppo.core_algos import get_adv_estimator
+from verl.trainer.ppo.core_algos import ADV_ESTIMATORS, AdvantageEstimator, get_adv_estimator
 from verl.trainer.ppo.kl import apply_kl_penalty, get_kl_controller
 from verl.trainer.ppo.metrics import compute_data_metrics, compute_timing_metrics
 from verl.trainer.ppo.policy_losses import select_tokens
+from verl.trainer.ppo.registry import get_token_selection
 from verl.trainer.ppo.reward import RewardManager
 from verl.trainer.ppo.risk_metrics import covariance_metrics
 from verl.trainer.ppo.rollout_correction import rollout_correction
 from verl.trainer.ppo.update_plan import UpdatePlan
 from verl.trainer.ppo.validation import Validator
-from verl.utils.checkpoint import CheckpointFolder
 from verl.utils.dataset.loader import StatefulLoader
+from verl.utils.flops import matrix_parameters, training_flops
+from verl.utils.generators import seed_generators
 from verl.utils.timer import Timer
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
@@ -42,7 +43,7 @@ class RayPPOTrainer:
 
     Args:
         config: the checked configuration.
-        actor: worker group of ActorRolloutRefWorker, its model not yet loaded.
+        actor: worker group of ActorRolloutRefWorker (with a critic: ActorCriticWorker), its model not yet loaded.
         rollout: the engines that sample, not yet started.
         loader: batches of questions, resumable.
         reward: scores responses.
@@ -75,7 +76,10 @@ class RayPPOTrainer:
         self.collect = Collector(config, rollout, loader, self.estimator, reward, tokenizer)
         self.kl_controller = get_kl_controller(algorithm.kl_ctrl)
         self.with_reference = needs_reference(config)
-        self.checkpoints = CheckpointFolder(Path(config.trainer.default_local_dir) / "checkpoints")
+        self.with_critic = needs_critic(config)
+        self.checkpoints = Checkpointing(
+            config, actor, {"loader": loader, "estimator": self.estimator, "kl_controller": self.kl_controller}
+        )
         self.total_steps = total_training_steps(config, len(loader))
         self.step = 0
 
@@ -99,17 +103,21 @@ class RayPPOTrainer:
                 save = trainer.save_freq > 0 and (last or self.step % trainer.save_freq == 0)
                 if save:
                     with timer("save_checkpoint"):
-                        self._write_checkpoint()
+                        self.checkpoints.write(self.step)
             metrics |= compute_timing_metrics(timer.seconds, metrics["perf/total_num_tokens"], self.actor.world_size)
             self.tracking.log(metrics, self.step)
             self.tracking.log_samples(self.step, sample_rows(batch), "train")
-            if save:
-                # Only now does the checkpoint count: what a run resumed from it has logged is what it has done.
-                self.checkpoints.commit(self.step, required=("trainer.pt", str(Path("actor", ".metadata"))))
+            # Only now may a checkpoint count: what a run resumed from it has logged is what it has done.
+            self.checkpoints.commit()
+        self.checkpoints.commit(wait=True)
 
     def start(self) -> None:
         """Load the model, start the engines, take up the newest checkpoint, and bring its weights to the engines."""
+        seed_generators(self.config.trainer.seed, "driver")
+        self.actor.seed_generators(self.config.trainer.seed)
         self.actor.init_model()
+        self.peak_flops = self.actor.locate()[0].peak_flops
+        self.model_config = AutoConfig.from_pretrained(self.config.actor_rollout_ref.model.path).get_text_config()
         self.rollout.start()
         self.weight_check = self._prepare_weight_check()
         self._resume()
@@ -127,25 +135,39 @@ class RayPPOTrainer:
         plan = UpdatePlan.make(batch, self.config, self.actor.world_size)
         batch = batch.with_columns(mini_batch=plan.mini_batch)
         batch.meta_info["n_mini_batches"] = plan.n_mini_batches
-        batch.meta_info["report_entropy"] = self.config.algorithm.rollout_correction.bypass_mode
         with timer("old_log_prob"):
             batch = self._old_log_probs(batch, plan, metrics)
         if self.with_reference:
             with timer("ref"):
                 batch = batch.union(self.actor.compute_ref_log_prob(batch.select(TOKENS), rows=plan.rows))
+        if self.with_critic:
+            with timer("values"):
+                batch = batch.union(self.actor.compute_values(batch.select(TOKENS), rows=plan.rows))
         with timer("adv"):
             batch = self._token_rewards(batch, metrics)
             output = self.estimator(batch)
             batch = batch.with_columns(advantages=output.advantages, returns=output.returns)
-        with timer("update_actor"):
-            actor_metrics = self.actor.update_actor(self._update_inputs(batch), rows=plan.rows)[0]
+        update_metrics: dict[str, float] = {}
+        if self.with_critic:
+            with timer("update_critic"):
+                update_metrics |= self.actor.update_critic(critic_inputs(batch), rows=plan.rows)[0]
+        if self.step > self.config.trainer.critic_warmup:
+            with timer("update_actor"):
+                result = self.actor.update_actor(self._update_inputs(batch), rows=plan.rows)
+                if isinstance(result, tuple):
+                    seen, result = result
+                    batch = batch.with_columns(**seen.columns())
+                update_metrics |= result[0]
         with timer("update_weights"):
             metrics |= self._update_weights(check=self._weight_check_is_due())
         metrics |= (
             compute_data_metrics(batch, self.config.data.max_prompt_length)
             | output.metrics
-            | actor_metrics
+            | update_metrics
             | policy_metrics(batch)
+            | self._engine_metrics(batch)
+            | plan.metrics()
+            | self._utilisation(plan, timer)
         )
         metrics |= {"training/global_step": self.step, "training/epoch": self.loader.epoch}
         return batch, metrics
@@ -157,14 +179,15 @@ class RayPPOTrainer:
         correction = self.config.algorithm.rollout_correction
         if correction.bypass_mode:
             return batch.with_columns(old_log_probs=batch["rollout_log_probs"])
+        if self.step > self.config.trainer.critic_warmup and not old_log_probs_differ(self.config, self.estimator):
+            return batch  # the update sees them
         inputs = batch.select(TOKENS)
         inputs.meta_info["temperature"] = self.config.actor_rollout_ref.rollout.temperature
         batch = batch.with_columns(**self.actor.compute_log_prob(inputs, rows=plan.rows).columns())
-        if "rollout_log_probs" not in batch:
+        if correction.rollout_is is None and correction.rollout_rs is None:
             return batch
         mask = batch["response_mask"]
         corrected = rollout_correction(batch["old_log_probs"], batch["rollout_log_probs"], mask, correction)
-        metrics |= corrected.metrics
         if corrected.weights is not None:
             batch = batch.with_columns(rollout_is_weights=corrected.weights)
         if correction.rollout_rs is not None:
@@ -192,21 +215,45 @@ class RayPPOTrainer:
     def _update_inputs(self, batch: DataProto) -> DataProto:
         """The columns that the policy update reads."""
         actor = self.config.actor_rollout_ref.actor
-        inputs = [*TOKENS, "old_log_probs", "advantages", "mini_batch"]
-        inputs += ["ref_log_prob"] if self.with_reference else []
-        inputs += [name for name in ("rollout_is_weights", "loss_mask") if name in batch]
-        selected = select_tokens(
-            actor.policy_loss.loss_mode,
-            batch["old_log_probs"],
-            batch["advantages"],
-            batch["response_mask"],
-            batch["mini_batch"],
-            actor,
-            self.config.trainer.seed,
-            self.step,
-        )
-        update = batch.select(inputs)
-        return update if selected is None else update.with_columns(selected=selected)
+        optional = ("old_log_probs", "ref_log_prob", "rollout_is_weights", "loss_mask")
+        update = batch.select([*TOKENS, "advantages", "mini_batch", *(name for name in optional if name in batch)])
+        if get_token_selection(actor.policy_loss.loss_mode) is not None:
+            selected = select_tokens(
+                actor.policy_loss.loss_mode,
+                batch["old_log_probs"],
+                batch["advantages"],
+                batch["response_mask"],
+                batch["mini_batch"],
+                actor,
+                self.config.trainer.seed,
+                self.step,
+            )
+            update = update.with_columns(selected=selected)
+        update.meta_info["with_entropy"] = "entropy" not in batch
+        return update
+
+    def _utilisation(self, plan: UpdatePlan, timer: Timer) -> dict[str, float]:
+        """Model FLOP utilisation of the policy update, on devices whose peak is known."""
+        seconds = timer.seconds.get("update_actor")
+        if self.peak_flops is None or seconds is None:
+            return {}
+        flops = training_flops(self.model_config, matrix_parameters(self.model_config), plan.lengths)
+        flops *= self.config.actor_rollout_ref.actor.ppo_epochs
+        return {"perf/mfu/actor": flops / (seconds * self.actor.world_size * self.peak_flops)}
+
+    def _engine_metrics(self, batch: DataProto) -> dict[str, float]:
+        """How far the engine's probabilities are from the trainer's, 0 where they agree. Nothing is known under
+        bypass_mode, which takes the engine's for the trainer's, and without the engine's log-probs."""
+        correction = self.config.algorithm.rollout_correction
+        if correction.bypass_mode or "rollout_log_probs" not in batch:
+            return {}
+        old, engine, mask = batch["old_log_probs"], batch["rollout_log_probs"], batch["response_mask"]
+        diff = (old.exp() - engine.exp()).abs()[mask]
+        return rollout_correction(old, engine, mask, correction).metrics | {
+            "training/rollout_probs_diff_mean": float(diff.mean()),
+            "training/rollout_probs_diff_max": float(diff.max()),
+            "training/rollout_probs_diff_std": float(diff.std(unbiased=False)),
+        }
 
     # ---------------------------------------------------------------------------------------------------- engines
     def _prepare_weight_check(self) -> WeightCheck | None:
@@ -226,34 +273,8 @@ class RayPPOTrainer:
         return metrics | self.weight_check() if check and self.weight_check else metrics
 
     # ---------------------------------------------------------------------------------------------- checkpoints
-    def _write_checkpoint(self) -> None:
-        folder = self.checkpoints.begin(self.step)
-        self.actor.save_checkpoint(str(folder))
-        state = {
-            "step": self.step,
-            "config": asdict(self.config),
-            "loader": self.loader.state_dict(),
-            "estimator": self.estimator.state_dict(),
-            "kl_controller": self.kl_controller.state_dict(),
-        }
-        torch.save(state, folder / "trainer.pt")
-
     def _resume(self) -> None:
-        if self.config.trainer.resume_mode == "disable":
-            self.checkpoints.set_aside()
-            return
-        folder = self.checkpoints.newest()
-        if folder is None:
-            return
-        print(f"resuming from {folder}")
-        state = torch.load(folder / "trainer.pt", weights_only=False)
-        for key, (then, now) in changed_keys(state["config"], asdict(self.config)).items():
-            print(f"  changed since: {key}={now} (was {then})")
-        self.step = state["step"]
-        self.loader.load_state_dict(state["loader"])
-        self.estimator.load_state_dict(state["estimator"])
-        self.kl_controller.load_state_dict(state["kl_controller"])
-        self.actor.load_checkpoint(str(folder))
+        self.step = self.checkpoints.resume()
         if self.step >= self.total_steps:
             print(
                 f"all {self.total_steps} steps are done already: raise trainer.total_training_steps, or start anew "
@@ -267,60 +288,43 @@ def total_training_steps(config: PPOConfig, steps_per_epoch: int) -> int:
     return steps if steps is not None else config.trainer.total_epochs * steps_per_epoch
 
 
-def check_resumable(config: PPOConfig, loader: StatefulLoader) -> None:
-    """Before workers start: ValueError if the newest checkpoint's driver state does not fit this configuration."""
-    folder = CheckpointFolder(Path(config.trainer.default_local_dir) / "checkpoints").newest()
-    if config.trainer.resume_mode == "disable" or folder is None:
-        return
-    state = torch.load(folder / "trainer.pt", weights_only=False)
-    algorithm = config.algorithm
-    loader.load_state_dict(state["loader"])
-    then = state["config"]["algorithm"]["adv_estimator"]
-    if then != algorithm.adv_estimator:
-        raise ValueError(
-            f"algorithm.adv_estimator is {algorithm.adv_estimator}, in checkpoint {folder} it is {then}: restore it, "
-            "set another trainer.experiment_name, or start anew with trainer.resume_mode=disable"
-        )
-    estimator = get_adv_estimator(
-        algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
-    )
-    estimator.load_state_dict(state["estimator"])
-
-
 def needs_reference(config: PPOConfig) -> bool:
     """Whether a KL term, in the reward or in the loss, needs the reference policy."""
     return config.algorithm.use_kl_in_reward or config.actor_rollout_ref.actor.use_kl_loss
 
 
-def changed_keys(then: dict[str, Any], now: dict[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """Dotted key -> (value then, value now), of the keys of two nested configurations that differ."""
-    changed: dict[str, tuple[Any, Any]] = {}
-    for name in sorted(then.keys() | now.keys()):
-        a, b = then.get(name), now.get(name)
-        if isinstance(a, dict) and isinstance(b, dict):
-            changed |= changed_keys(a, b, f"{prefix}{name}.")
-        elif a != b:
-            changed[prefix + name] = (a, b)
-    return changed
+def needs_critic(config: PPOConfig) -> bool:
+    """Whether the advantage estimator needs the values of a critic."""
+    return ADV_ESTIMATORS[config.algorithm.adv_estimator].needs_critic
+
+
+def critic_inputs(batch: DataProto) -> DataProto:
+    """The columns that the critic's update reads."""
+    return batch.select([*TOKENS, "values", "returns", "mini_batch", *(["loss_mask"] if "loss_mask" in batch else [])])
+
+
+def old_log_probs_differ(config: PPOConfig, estimator: AdvantageEstimator) -> bool:
+    """Whether a pass before the update can tell anything that the update's own first pass does not: there is a second
+    update of the step, or something needs the log-probs before."""
+    actor, correction = config.actor_rollout_ref.actor, config.algorithm.rollout_correction
+    one_update = actor.ppo_epochs == 1 and actor.ppo_mini_batch_size == config.data.train_batch_size
+    return (
+        not one_update
+        or estimator.needs_old_log_probs
+        or config.algorithm.use_kl_in_reward
+        or correction.rollout_is is not None
+        or correction.rollout_rs is not None
+        or get_token_selection(actor.policy_loss.loss_mode) is not None
+    )
 
 
 def policy_metrics(batch: DataProto) -> dict[str, float]:
-    """Entropy and what drives it, and how far the engine's probabilities are from the trainer's (0: they agree)."""
+    """Entropy and what drives it."""
     mask = batch["response_mask"]
     covariance = covariance_metrics(
         batch["old_log_probs"], batch["advantages"], mask, batch["token_level_rewards"].sum(1).double(), batch["uid"]
     )
-    if "entropy" not in batch:  # bypass_mode: the update tells the entropy, and there is nothing to compare
-        return covariance
-    covariance["actor/entropy"] = float(masked_mean(batch["entropy"], mask))
-    if "rollout_log_probs" not in batch:
-        return covariance
-    diff = (batch["old_log_probs"].exp() - batch["rollout_log_probs"].exp()).abs()[mask]
-    return covariance | {
-        "training/rollout_probs_diff_mean": float(diff.mean()),
-        "training/rollout_probs_diff_max": float(diff.max()),
-        "training/rollout_probs_diff_std": float(diff.std(unbiased=False)),
-    }
+    return covariance | {"actor/entropy": float(masked_mean(batch["entropy"], mask))}
 
 
 def sample_rows(batch: DataProto) -> list[dict[str, Any]]:

@@ -45,12 +45,14 @@ class AdvantageEstimator:
 
     `needs_bundles`: the trainer calls `assign_bundles` before rows are repeated. `needs_critic`: the batch must hold
     `values` (N, T). `needs_greedy_baseline`: the batch must hold `reward_baselines` (N,), the reward of the greedy
-    response to the row's question.
+    response to the row's question. `needs_old_log_probs`: the batch must hold `old_log_probs` (N, T), which the trainer
+    otherwise leaves to the update where they cannot differ from what that computes.
     """
 
     needs_bundles: bool = False
     needs_critic: bool = False
     needs_greedy_baseline: bool = False
+    needs_old_log_probs: bool = False
 
     def __init__(self, config: AlgorithmConfig, rollout_n: int, seed: int) -> None:
         self.config = config

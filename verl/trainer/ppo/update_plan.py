@@ -16,10 +16,23 @@ class UpdatePlan:
     among the workers, by tokens if `trainer.balance_batch`; a worker's rows of all mini-batches stay with it.
     """
 
-    def __init__(self, mini_batch: torch.Tensor, rows: list[np.ndarray]) -> None:
+    def __init__(self, mini_batch: torch.Tensor, rows: list[np.ndarray], lengths: np.ndarray) -> None:
         self.mini_batch = mini_batch  # (N,) int64
         self.rows = rows  # one index array per worker
+        self.lengths = lengths  # (N,) tokens of each row
         self.n_mini_batches = int(mini_batch.max()) + 1
+
+    def metrics(self) -> dict[str, float]:
+        """Tokens of a worker: as the rows come, and as they are divided."""
+        as_they_come = [self.lengths[part].sum() for part in contiguous_partition(len(self.lengths), len(self.rows))]
+        divided = [self.lengths[part].sum() for part in self.rows]
+        return {
+            "global_seqlen/mean": float(np.mean(divided)),
+            "global_seqlen/min": float(min(as_they_come)),
+            "global_seqlen/max": float(max(as_they_come)),
+            "global_seqlen/balanced_min": float(min(divided)),
+            "global_seqlen/balanced_max": float(max(divided)),
+        }
 
     @classmethod
     def make(cls, batch: DataProto, config: PPOConfig, workers: int) -> "UpdatePlan":
@@ -35,4 +48,4 @@ class UpdatePlan:
             )
             for worker, part in enumerate(parts):
                 rows[worker].append(index[part])
-        return cls(torch.from_numpy(mini_batch), [np.concatenate(parts) for parts in rows])
+        return cls(torch.from_numpy(mini_batch), [np.concatenate(parts) for parts in rows], lengths)
