@@ -16,7 +16,7 @@ from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.utils.checksum import checksum
-from verl.utils.device import compute_dtype, memory_metrics
+from verl.utils.device import compute_dtype, memory_metrics, release_memory
 from verl.utils.plugins import load_plugins
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers import engine_checkpoint
@@ -33,7 +33,7 @@ ENGINES = {"fsdp2": FSDPEngine}
 
 @dataclass(frozen=True)
 class Location:
-    """Where a worker is. `node_id`: Ray's, None without Ray. `gpus`: CUDA_VISIBLE_DEVICES as Ray gave it."""
+    """Where a worker is. `node_id`: Ray's, None without Ray. `gpus`: its GPUs, as CUDA_VISIBLE_DEVICES names them."""
 
     device: str
     node_id: str | None
@@ -80,8 +80,10 @@ class ActorRolloutRefWorker(Worker):
     @register(Dispatch.ALL)
     def locate(self) -> Location:
         """Where this worker is, so that an engine can be put beside it."""
-        node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
-        return Location(self.device.type, node_id, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        if not ray.is_initialized():
+            return Location(self.device.type, None, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        context = ray.get_runtime_context()
+        return Location(self.device.type, context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", [])))
 
     @register(Dispatch.RANK_ZERO)
     def stop_token_ids(self) -> list[int]:
@@ -102,6 +104,7 @@ class ActorRolloutRefWorker(Worker):
             self.rollout.load_weights(self.actor.full_parameters())
         else:
             self.sender.send_weights()
+        release_memory()  # for the engines beside this worker
 
     @register(Dispatch.RANK_ZERO)
     def weight_checksums(self, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
@@ -144,7 +147,9 @@ class ActorRolloutRefWorker(Worker):
     @register(Dispatch.ROWS)
     def update_actor(self, data: DataProto) -> dict[str, float]:
         """One step's policy update; see PolicyUpdate. Every worker returns the metrics of all."""
-        return self.policy_update(data) | memory_metrics(self.device)
+        metrics = self.policy_update(data) | memory_metrics(self.device)
+        release_memory()
+        return metrics
 
     @register(Dispatch.ALL)
     def save_checkpoint(self, folder: str) -> None:
