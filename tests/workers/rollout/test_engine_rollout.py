@@ -205,7 +205,7 @@ def test_engines_on_gpus_of_their_own_claim_them(fleet, make_rollout, monkeypatc
 def test_gpus_that_the_cluster_does_not_have_left_are_named(fleet, make_rollout, monkeypatch):
     monkeypatch.setattr(ray, "available_resources", lambda: {"GPU": 3.0})
     own = ["actor_rollout_ref.rollout.nnodes=1", "actor_rollout_ref.rollout.n_gpus_per_node=4"]
-    with pytest.raises(ValueError, match="is 4 GPUs for the engines, only 3 are left"):
+    with pytest.raises(ValueError, match="is 4 GPUs for engines, only 3 are left"):
         make_rollout(*own, locations=gpu_workers(1, 2))
 
 

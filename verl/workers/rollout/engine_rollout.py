@@ -221,7 +221,7 @@ def check_free_gpus(needed: int) -> None:
     free = int(ray.available_resources().get("GPU", 0))
     if free < needed:
         raise ValueError(
-            f"actor_rollout_ref.rollout.nnodes x n_gpus_per_node is {needed} GPUs for the engines, only {free} are left "
+            f"actor_rollout_ref.rollout.nnodes x n_gpus_per_node is {needed} GPUs for engines, only {free} are left "
             "beside the training workers': lower one of them, or set nnodes=0 to share the training GPUs"
         )
 
