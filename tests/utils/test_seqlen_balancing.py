@@ -3,7 +3,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from verl.utils.seqlen_balancing import balanced_partition, contiguous_partition, split_by_rows, split_by_tokens
+from verl.utils.seqlen_balancing import (
+    balanced_partition,
+    contiguous_partition,
+    split_by_rows,
+    split_by_sum,
+    split_by_tokens,
+)
 
 LENGTHS = np.array([5, 30, 7, 7, 12, 3, 28, 9, 9, 14])
 
@@ -28,3 +34,10 @@ def test_micro_batches_hold_rows_of_similar_length_within_the_budget():
     assert [len(p) for p in split_by_rows(LENGTHS, 4)] == [4, 4, 2]
     with pytest.raises(ValueError, match="30 tokens exceeds the micro-batch budget of 29"):
         split_by_tokens(LENGTHS, 29)
+
+
+def test_micro_batches_are_filled_in_order_up_to_the_budget():
+    parts = split_by_sum(LENGTHS, 31, np.arange(10)[::-1])
+    assert [part.tolist() for part in parts] == [[9, 8], [7], [6, 5], [4, 3, 2], [1], [0]]
+    with pytest.raises(ValueError, match="30 tokens exceeds the micro-batch budget of 29"):
+        split_by_sum(LENGTHS, 29, np.arange(10))

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from verl.protocol import DataProto
-from verl.workers.model import ScoringModel, load_language_model
+from verl.workers.model import ScoringModel, load_language_model, load_value_model
 from verl.workers.sequences import Layout, MicroBatchSpec, Sequences, dummy_row, micro_batches, sequence_lengths
 
 CPU = torch.device("cpu")
@@ -113,7 +113,17 @@ def test_log_probs_and_gradients_do_not_depend_on_the_layout(models, prompts, le
         (log_prob * torch.arange(1, log_prob.shape[1] + 1) + entropy.square()).sum().backward()
         results.append((log_prob, entropy, *(parameter.grad.clone() for parameter in model.parameters())))
     for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.abs().max()))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * float(b.detach().abs().max()))
+
+
+def test_values_do_not_depend_on_the_layout(tiny_model):
+    data, values = answers([0, 1, 0, 2, 0, 1], [1, 12, 3, 1, 9, 2]), []
+    for packed in (False, True):
+        model = load_value_model(str(tiny_model), packed)
+        torch.nn.init.normal_(model.lm.get_output_embeddings().weight, generator=torch.Generator().manual_seed(0))
+        sequences = Sequences.from_batch(data, CPU, Layout(packed))
+        values.append(sequences.to_rows(model(sequences)))
+    torch.testing.assert_close(*values, rtol=0, atol=1e-4)
 
 
 def test_a_sequence_changes_no_other(models):

@@ -228,7 +228,12 @@ class RayWorkerGroup(WorkerGroup):
 
     # -------------------------------------------------------------------------------------------------- calling
     def _run(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[np.ndarray] | None
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rows: list[np.ndarray] | None,
+        timeout_s: float | None,
     ) -> list[Any]:
         if self._over:
             raise WorkerError(f"{method} was called after {self._over}")
@@ -236,7 +241,7 @@ class RayWorkerGroup(WorkerGroup):
         shares = [None] * self.world_size if rows is None else rows
         refs = [host.execute.remote(call, share) for host, share in zip(self._hosts, shares, strict=True)]
         try:
-            return self._gather(method, refs)
+            return self._gather(method, refs, None if timeout_s is None else time.monotonic() + timeout_s)
         except BaseException as error:  # an interrupt too: the workers would go on computing
             self._kill(f"the workers were killed: {error}")
             raise

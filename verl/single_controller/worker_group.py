@@ -38,15 +38,24 @@ class WorkerGroup:
         raise AttributeError(f"{cls.__name__} has no registered method {name!r}; it has: {known}")
 
     def call(self, method: str, /, *args: Any, **kwargs: Any) -> Any:
-        """Run a registered method on all workers and bring the results back as its dispatch says."""
+        """Run a registered method on all workers and bring the results back as its dispatch says.
+
+        `timeout_s`: a TimeoutError if they take longer; None: no limit (a dead worker is noticed at once all the same).
+        """
         dispatch = self.methods[method]
         rows = None
+        timeout_s = kwargs.pop("timeout_s", None)
         if dispatch is Dispatch.ROWS:
             rows = partition_rows(method, args, kwargs.pop("rows", None), self.world_size)
-        return collect(method, dispatch, self._run(method, args, kwargs, rows), rows)
+        return collect(method, dispatch, self._run(method, args, kwargs, rows, timeout_s), rows)
 
     def _run(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[np.ndarray] | None
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rows: list[np.ndarray] | None,
+        timeout_s: float | None,
     ) -> list[Any]:
         """The workers' results, by rank; `rows` as in `partition_rows`."""
         raise NotImplementedError
@@ -79,7 +88,12 @@ class LocalWorkerGroup(WorkerGroup):
         self.worker.setup_distributed(place)
 
     def _run(
-        self, method: str, args: tuple[Any, ...], kwargs: dict[str, Any], rows: list[np.ndarray] | None
+        self,
+        method: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        rows: list[np.ndarray] | None,
+        timeout_s: float | None,
     ) -> list[Any]:
         if self.worker is None:
             raise WorkerError(f"{method} was called after the workers were shut down")

@@ -16,7 +16,7 @@ from verl.trainer.ppo.ray_trainer import (
     needs_reference,
     total_training_steps,
 )
-from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward
+from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward, start_scoring
 from verl.trainer.ppo.validation import Validator
 from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -48,15 +48,20 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     batch_key = "gen_batch_size" if config.data.gen_batch_size else "train_batch_size"
     loader = StatefulLoader(train, batch_size, config.data.seed, config.data.shuffle, batch_key)
     reward_function = load_reward(config)
-    check_reward(reward_function, [train, val])
-    reward = RewardManager(reward_function, config.reward_model.reward_kwargs.overlong_buffer_cfg)
-    check_resumable(config, loader)
-    tracking = Tracking.from_config(config)
-    actor = start_actor(config, total_training_steps(config, len(loader)))
-    check_shared(config, actor)
-    rollout = make_rollout(config, actor, tokenizer.pad_token_id)
-    validator = Validator(config, rollout, val, reward, tokenizer, tracking)
-    return RayPPOTrainer(config, actor, rollout, loader, reward, validator, tokenizer, tracking)
+    pool = start_scoring(reward_function, config.reward_model)
+    reward = RewardManager(reward_function, config.reward_model.reward_kwargs.overlong_buffer_cfg, pool)
+    try:
+        check_reward(reward_function, reward.evaluate, [train, val])
+        check_resumable(config, loader)
+        tracking = Tracking.from_config(config)
+        actor = start_actor(config, total_training_steps(config, len(loader)))
+        check_shared(config, actor)
+        rollout = make_rollout(config, actor, tokenizer.pad_token_id)
+        validator = Validator(config, rollout, val, reward, tokenizer, tracking)
+        return RayPPOTrainer(config, actor, rollout, loader, reward, validator, tokenizer, tracking)
+    except BaseException:
+        reward.close()
+        raise
 
 
 def resolve_paths(config: PPOConfig) -> None:
@@ -137,6 +142,7 @@ def run(trainer: RayPPOTrainer) -> None:
         trainer.fit()
     finally:
         trainer.tracking.finish()
+        trainer.reward.close()
         trainer.rollout.shutdown()
         trainer.actor.shutdown()
     print_report(Path(trainer.config.trainer.default_local_dir))

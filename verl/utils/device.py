@@ -70,6 +70,12 @@ def memory_metrics(device: torch.device) -> dict[str, float]:
     return metrics
 
 
+def release_memory() -> None:
+    """Give what torch's allocator keeps in reserve back to the GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What models compute in: bfloat16 on a GPU (weights stay float32 in the optimizer), float32 on a CPU."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -16,6 +16,7 @@ from verl.single_controller.dispatch import Dispatch, register
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.utils.checksum import checksum
 from verl.utils.device import compute_dtype, memory_metrics
+from verl.utils.flops import peak_flops
 from verl.utils.plugins import load_plugins
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers import engine_checkpoint
@@ -34,7 +35,8 @@ ENGINES = {"fsdp2": FSDPEngine}
 
 @dataclass(frozen=True)
 class Location:
-    """Where a worker is. `node_id`: Ray's, None without Ray. `gpus`: CUDA_VISIBLE_DEVICES as Ray gave it."""
+    """Where a worker is. `node_id`: Ray's, None without Ray. `gpus`: its GPUs, as CUDA_VISIBLE_DEVICES names them.
+    `peak_flops`: what its device could do, None where that is not known."""
 
     device: str
     node_id: str | None
@@ -85,8 +87,11 @@ class ActorRolloutRefWorker(CheckpointedWorker):
     @register(Dispatch.ALL)
     def locate(self) -> Location:
         """Where this worker is, so that an engine can be put beside it."""
-        node_id = ray.get_runtime_context().get_node_id() if ray.is_initialized() else None
-        return Location(self.device.type, node_id, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+        node_id, gpus = None, os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        if ray.is_initialized():
+            context = ray.get_runtime_context()
+            node_id, gpus = context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", []))
+        return Location(self.device.type, node_id, gpus, peak_flops(self.device))
 
     @register(Dispatch.RANK_ZERO)
     def stop_token_ids(self) -> list[int]:

@@ -16,10 +16,11 @@ from torch.distributed.tensor import DTensor
 
 from verl.protocol import DataProto
 from verl.trainer.config.schema import ActorRolloutRefConfig, OptimConfig
+from verl.utils.device import release_memory
 from verl.workers.lora import hub_name, is_adapter, merged_parameters
 from verl.workers.lr_schedule import lr_schedule
 from verl.workers.model import ScoringModel, ValueModel
-from verl.workers.offload import move_optimizer, move_parameters, release_memory
+from verl.workers.offload import move_optimizer, move_parameters
 from verl.workers.sequences import Layout, MicroBatchSpec, Sequences, dummy_row, micro_batches
 from verl.workers.sharding import make_mesh, shard
 from verl.workers.ulysses import check_size, gather_rows, make_group

@@ -16,9 +16,3 @@ def move_optimizer(optimizer: Optimizer, device: torch.device) -> None:
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.ndim > 0:
                 state[name] = value.to(device)
-
-
-def release_memory() -> None:
-    """Give what the allocator keeps for itself back to the device, for the engines beside this worker."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

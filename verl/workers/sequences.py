@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 from verl.protocol import DataProto
 from verl.utils.seqlen_balancing import runs, split_by_rows, split_by_sum, split_by_tokens
 from verl.utils.torch_functional import response_lengths
-from verl.workers.attention import Packing, Placement, make_packing
+from verl.workers.packing import Packing, Placement, make_packing
 from verl.workers.ulysses import KEY as ULYSSES_KEY
 from verl.workers.ulysses import Ulysses, sum_over_group
 

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from verl.protocol import DataProto
-from verl.workers.attention import Packing
+from verl.workers.packing import Packing
 
 KEY = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
 
@@ -57,7 +57,7 @@ def gather_rows(data: DataProto, group: dist.ProcessGroup | None) -> tuple[DataP
 
 
 class Ulysses:
-    """A packing (see `attention.Packing`) of which this worker holds N / s tokens; `whole` computes all N."""
+    """A packing (see `packing.Packing`) of which this worker holds N / s tokens; `whole` computes all N."""
 
     def __init__(self, whole: Packing, group: dist.ProcessGroup) -> None:
         self.whole = whole

@@ -11,6 +11,7 @@ from verl.protocol import DataProto
 from verl.trainer.config.schema import CustomRewardConfig, DataConfig, PPOConfig
 from verl.trainer.ppo.reward import RewardManager, at_last_token, check_reward, load_reward
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.workers.reward.pool import ScoringPool
 
 HEAD = "def compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs):\n"
 
@@ -31,6 +32,14 @@ def score(config, responses, answers=None, lengths=None):
     n = len(responses)
     data = batch(["arithmetic"] * n, answers or ["2"] * n, lengths or [3] * n)
     return RewardManager(load_reward(config))(data, responses)
+
+
+def failures(**counts):
+    return {f"reward/{kind}": counts.get(kind, 0.0) for kind in ("exceptions", "timeouts", "crashes", "non_finite")}
+
+
+def check_dry(reward, datasets):
+    check_reward(reward, reward.evaluate, datasets)
 
 
 def dataset(tmp_path, *sources):
@@ -57,7 +66,7 @@ def test_score_lies_at_the_last_response_token():
     assert scores.dtype == torch.float32 and torch.equal(scores, expected)
     assert extras["acc"].tolist() == extras["score"].tolist() == [1.0, 0.0, 1.0]
     assert extras["pred"].tolist() == ["2", "3", "2"]
-    assert metrics == {"reward/exceptions": 0.0, "reward/non_finite": 0.0}
+    assert metrics == failures()
 
 
 def test_a_mask_with_gaps_still_carries_the_score_at_its_last_token():
@@ -114,7 +123,7 @@ def test_raising_and_non_finite_calls_score_zero_are_counted_and_logged_once(tmp
         manager(batch(["x"], ["2"], [3]), ["0"])
     assert scores.sum(dim=1).tolist() == [0.5, 0, 0, 0, 0, 0, 0]
     assert extras["pred"].tolist() == ["2", None, None, None, None, None, None]
-    assert metrics == {"reward/exceptions": 4.0, "reward/non_finite": 2.0}
+    assert metrics == failures(exceptions=4.0, non_finite=2.0)
     assert sum("ZeroDivisionError: division by zero" in r.getMessage() for r in caplog.records) == 1
     assert len(caplog.records) == 5
 
@@ -132,8 +141,8 @@ def test_reward_function_travels_to_another_process_by_name(tmp_path):
 
 
 def test_dry_run_passes_a_function_that_scores(tmp_path):
-    check_reward(load_reward(PPOConfig()), [dataset(tmp_path, "arithmetic")])
-    check_reward(load_reward(custom(tmp_path, "return 1.0")), [dataset(tmp_path, "anything", "else")])
+    check_dry(load_reward(PPOConfig()), [dataset(tmp_path, "arithmetic")])
+    check_dry(load_reward(custom(tmp_path, "return 1.0")), [dataset(tmp_path, "anything", "else")])
 
 
 @pytest.mark.parametrize(
@@ -148,7 +157,7 @@ def test_dry_run_passes_a_function_that_scores(tmp_path):
 def test_dry_run_names_function_file_and_row(tmp_path, body, problem):
     reward = load_reward(custom(tmp_path, body))
     with pytest.raises(ValueError) as caught:
-        check_reward(reward, [dataset(tmp_path, "a", "a", "b")])
+        check_dry(reward, [dataset(tmp_path, "a", "a", "b")])
     message = str(caught.value)
     assert problem in message and "\n" not in message
     assert "compute_score" in message and "scores.py" in message and "data.jsonl, row" in message
@@ -156,7 +165,7 @@ def test_dry_run_names_function_file_and_row(tmp_path, body, problem):
 
 def test_unknown_data_source_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="data.jsonl, row 1: no reward is known for data_source 'geometry'; there are"):
-        check_reward(load_reward(PPOConfig()), [dataset(tmp_path, "arithmetic", "geometry")])
+        check_dry(load_reward(PPOConfig()), [dataset(tmp_path, "arithmetic", "geometry")])
 
 
 def test_functions_that_cannot_be_loaded_are_refused_by_key(tmp_path):
@@ -176,3 +185,24 @@ def test_functions_that_cannot_be_loaded_are_refused_by_key(tmp_path):
     assert "does not take its arguments" in refusal(narrow)
     keywords = CustomRewardConfig(reward_kwargs={"a": 1})
     assert "need custom_reward_function.path" in refusal(PPOConfig(custom_reward_function=keywords))
+
+
+def test_calls_that_hang_and_die_are_counted_apart(tmp_path):
+    body = """
+import os, time
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    if solution_str == "hang":
+        time.sleep(60)
+    if solution_str == "die":
+        os._exit(1)
+    if solution_str == "raise":
+        raise KeyError("boxed")
+    return 1.0
+"""
+    reward = load_reward(custom(tmp_path, body))
+    responses = ["good", "hang", "die", "raise", "hang", "good"]
+    data = batch(["any"] * 6, ["2"] * 6, [3] * 6)
+    with ScoringPool(reward, num_workers=2, timeout_s=1.0) as pool:
+        scores, _, metrics = RewardManager(reward, pool=pool)(data, responses)
+    assert scores.sum(1).tolist() == [1, 0, 0, 0, 0, 1]
+    assert metrics == failures(exceptions=1.0, timeouts=2.0, crashes=1.0)

@@ -321,6 +321,8 @@ class RewardKwargsConfig:
 
 @dataclass
 class RewardModelConfig:
+    num_workers: int = key(4, "Processes that score; 0: the driver itself, for a debugger (no time-out then).")
+    timeout_s: float = key(30.0, "A call that takes longer is killed with its process; it scores 0 and is counted.")
     reward_kwargs: RewardKwargsConfig = section(RewardKwargsConfig)
 
 

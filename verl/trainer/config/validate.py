@@ -70,6 +70,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "actor_rollout_ref.rollout.gpu_memory_utilization": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "actor_rollout_ref.rollout.max_engine_restarts": (lambda v: v >= 0, "0 or more"),
     "actor_rollout_ref.rollout.weight_check_freq": (lambda v: v == -1 or v > 0, "-1 (never) or at least 1"),
+    "reward_model.num_workers": (lambda v: v >= 0, "0 or more"),
+    "reward_model.timeout_s": (lambda v: v > 0, "greater than 0"),
     "algorithm.baseline_quantile": (lambda v: 0 < v <= 1, "in (0, 1]"),
     "algorithm.utility_beta": (lambda v: v != 0, "other than 0"),
     "algorithm.filter_groups.max_num_gen_batches": (lambda v: v >= 0, "0 or more"),

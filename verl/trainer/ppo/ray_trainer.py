@@ -66,6 +66,7 @@ class RayPPOTrainer:
         self.config = config
         self.actor = actor
         self.rollout = rollout
+        self.reward = reward
         self.loader = loader
         self.validator = validator
         self.tracking = tracking

@@ -1,13 +1,8 @@
 """From responses to scores: which function scores, the dry run before training, and a batch of scores."""
 
-import asyncio
-import functools
-import importlib.util
 import inspect
 import logging
-import sys
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,95 +11,19 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto, object_array
-from verl.trainer.config.schema import OverlongBufferConfig, PPOConfig
+from verl.trainer.config.schema import OverlongBufferConfig, PPOConfig, RewardModelConfig
 from verl.utils import reward_score
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.workers.reward.function import RewardFunction, RewardRequest, describe
+from verl.workers.reward.outcomes import ScorerDied, ScoringTimeout
+from verl.workers.reward.pool import ScoringPool
 
 logger = logging.getLogger(__name__)
+Evaluate = Callable[[Sequence[RewardRequest]], list[Any]]
 
 SIGNATURE = "compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs)"
+FAILURES = ("exceptions", "timeouts", "crashes", "non_finite")
 MAX_MESSAGES = 50  # distinct messages logged per run
-
-
-@dataclass(frozen=True)
-class RewardRequest:
-    """One response to score."""
-
-    data_source: str
-    solution_str: str
-    ground_truth: Any
-    extra_info: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RewardFunction:
-    """A scoring function by name, so that it can be sent to another process and loaded there.
-
-    `path` is the Python file it is in, None for the scorers of `verl.utils.reward_score`.
-    """
-
-    path: str | None
-    name: str
-    kwargs: dict[str, Any] = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        return f"reward function {self.name} of {self.path or reward_score.__file__}"
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        return reward_score.compute_score if self.path is None else _load_function(self.path, self.name)
-
-    def call(self, request: RewardRequest) -> Any:
-        """What the function returns (of an async function: the coroutine), or the exception that it raised."""
-        try:
-            return self.function(
-                data_source=request.data_source,
-                solution_str=request.solution_str,
-                ground_truth=request.ground_truth,
-                extra_info=request.extra_info,
-                **self.kwargs,
-            )
-        except Exception as error:  # a user's function may raise anything; the caller counts and logs it
-            return error
-
-    def evaluate(self, requests: Sequence[RewardRequest]) -> list[Any]:
-        """Per request what the function returned or the exception it raised; async calls run concurrently."""
-        results = [self.call(request) for request in requests]
-        waiting = [i for i, result in enumerate(results) if inspect.isawaitable(result)]
-        if waiting:
-            # A thread of its own: this one may run an event loop already, as in a notebook.
-            with ThreadPoolExecutor(1) as thread:
-                awaited = thread.submit(asyncio.run, _gather([results[i] for i in waiting])).result()
-            for i, result in zip(waiting, awaited, strict=True):
-                results[i] = result
-        return results
-
-
-async def _gather(calls: list[Awaitable[Any]]) -> list[Any]:
-    return await asyncio.gather(*calls, return_exceptions=True)
-
-
-@functools.cache
-def _load_function(path: str, name: str) -> Callable[..., Any]:
-    file = Path(path)
-    if not file.is_file():
-        raise ValueError(f"custom_reward_function.path: there is no file {path}")
-    spec = importlib.util.spec_from_file_location(f"custom_reward_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"custom_reward_function.path is {path}: give a Python file (.py)")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up there
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:  # importing a user's file may raise anything
-        raise ValueError(f"custom_reward_function.path: importing {path} raised {describe(error)}") from error
-    function = getattr(module, name, None)
-    if not callable(function):
-        own = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == spec.name]
-        raise ValueError(
-            f"custom_reward_function.name: {path} has no function {name!r}; it has {', '.join(own) or 'none'}"
-        )
-    return function
 
 
 def load_reward(config: PPOConfig) -> RewardFunction:
@@ -126,8 +45,9 @@ def load_reward(config: PPOConfig) -> RewardFunction:
     return reward
 
 
-def check_reward(reward: RewardFunction, datasets: Sequence[RLHFDataset]) -> None:
-    """Score one row of every data source, its ground truth taken as the response, before anything expensive starts.
+def check_reward(reward: RewardFunction, evaluate: Evaluate, datasets: Sequence[RLHFDataset]) -> None:
+    """Score one row of every data source, its ground truth taken as the response, before anything expensive starts, in
+    the way (`evaluate`) in which training will.
 
     Raises a one-line ValueError that names the function, the file and the row: for a data source without a scorer, for
     a function that raises, and for a result that is no score.
@@ -143,7 +63,7 @@ def check_reward(reward: RewardFunction, datasets: Sequence[RLHFDataset]) -> Non
                     reward_score.check_data_source(request.data_source)
                 except ValueError as error:
                     raise ValueError(f"{dataset.place(index)}: {error}") from error
-            outcome = read_result(reward.evaluate([request])[0])
+            outcome = read_result(evaluate([request])[0])
             if outcome.failure:
                 raise ValueError(
                     f"{reward} fails on {dataset.place(index)} (data_source {request.data_source!r}, with its ground "
@@ -163,6 +83,9 @@ class Outcome:
 
 def read_result(result: Any) -> Outcome:
     """A number, a dict with `score`, or an exception, as an outcome; a failed call scores 0."""
+    if isinstance(result, ScoringTimeout | ScorerDied):
+        failure = "timeouts" if isinstance(result, ScoringTimeout) else "crashes"
+        return Outcome(0.0, failure=failure, message=str(result))
     if isinstance(result, Exception):
         return Outcome(0.0, failure="exceptions", message=describe(result))
     values = dict(result) if isinstance(result, dict) else {"score": result}
@@ -185,17 +108,22 @@ def as_number(value: Any) -> float | None:
     return float(value) if isinstance(value, bool | int | float | np.number | np.bool_) else None
 
 
-def describe(error: Exception) -> str:
-    """Type and message of an exception in one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+def start_scoring(reward: RewardFunction, config: RewardModelConfig) -> ScoringPool | None:
+    """The processes that score, None where this one does (`num_workers=0`, for a debugger)."""
+    return ScoringPool(reward, config.num_workers, config.timeout_s) if config.num_workers else None
 
 
 class RewardManager:
-    """Scores batches in this process; a call that fails scores 0, is counted, and is logged once per message."""
+    """Scores batches, in the processes of `pool` or (None) in this one; a call that fails scores 0, is counted by what
+    happened to it, and is logged once per message."""
 
-    def __init__(self, reward: RewardFunction, overlong: OverlongBufferConfig | None = None):
+    def __init__(
+        self, reward: RewardFunction, overlong: OverlongBufferConfig | None = None, pool: ScoringPool | None = None
+    ):
         self.reward = reward
         self.overlong = overlong
+        self.pool = pool
+        self.evaluate: Evaluate = reward.evaluate if pool is None else pool.evaluate
         self._logged: set[str] = set()
 
     def __call__(
@@ -209,10 +137,16 @@ class RewardManager:
          - extras, each (N,): `score` and `acc` (the function's, or else the score; float64), `pred` (the answer read,
            None if there is none to read; the response itself for a function that reads none), and the function's other
            fields as `reward_extra/{name}` (None where a row has none);
-         - metrics: `reward/exceptions` and `reward/non_finite` (calls), `reward_extra/{name}/mean` of numeric fields.
+         - metrics: `reward/exceptions`, `reward/timeouts`, `reward/crashes` and `reward/non_finite` (calls),
+           `reward_extra/{name}/mean` of numeric fields.
         """
         outcomes = self.outcomes(self.requests(batch, responses))
         return self.assemble(batch["response_mask"], responses, outcomes)
+
+    def close(self) -> None:
+        """End the scoring processes."""
+        if self.pool is not None:
+            self.pool.close()
 
     def requests(self, batch: DataProto, responses: list[str]) -> list[RewardRequest]:
         """What is asked of the reward function for each row."""
@@ -221,13 +155,13 @@ class RewardManager:
 
     def outcomes(self, requests: list[RewardRequest]) -> list[Outcome]:
         """Call the reward function."""
-        return [read_result(result) for result in self.reward.evaluate(requests)]
+        return [read_result(result) for result in self.evaluate(requests)]
 
     def assemble(
         self, mask: torch.Tensor, responses: list[str], outcomes: list[Outcome]
     ) -> tuple[torch.Tensor, dict[str, np.ndarray], dict[str, float]]:
         """What `__call__` returns, from the outcomes of all rows; mask: (N, T) of response tokens."""
-        metrics = {f"reward/{kind}": 0.0 for kind in ("exceptions", "non_finite")}
+        metrics = {f"reward/{kind}": 0.0 for kind in FAILURES}
         for outcome in outcomes:
             if outcome.failure:
                 metrics[f"reward/{outcome.failure}"] += 1.0

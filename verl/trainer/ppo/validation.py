@@ -46,7 +46,7 @@ class Validator:
             sampling.top_k,
             greedy=not sampling.do_sample or sampling.temperature == 0,
         )
-        output, _ = self.rollout.generate(batch, params, sampling.n, ignore)
+        output, rollout_metrics = self.rollout.generate(batch, params, sampling.n, ignore)
         batch = batch.with_columns(**output.columns())
         texts = decode_responses(self.tokenizer, batch["responses"], batch["response_mask"])
         _, extras, metrics = self.reward(batch, texts)
@@ -63,4 +63,5 @@ class Validator:
         measured = process_validation_metrics(
             batch["data_source"], batch["question_id"], batch["level"], extras["acc"], extras["pred"].tolist()
         )
+        metrics |= rollout_metrics
         return measured | {f"val-aux/{name}": value for name, value in metrics.items()}

@@ -40,7 +40,7 @@ class LocalHandle:
         future: Future = Future()
         if method == "start":
             self.engine = VLLMEngine(args[0], self.in_process)
-            future.set_result(None)
+            future.set_result(self.engine.locate())
         else:
             future.set_result(getattr(self.engine, method)(*args))
         return future
@@ -63,7 +63,7 @@ class EngineHost:
     def call(self, method: str, *args: Any) -> Any:
         if method == "start":
             self.engine = VLLMEngine(*args)
-            return None
+            return self.engine.locate()
         return getattr(self.engine, method)(*args)
 
 
@@ -152,13 +152,6 @@ class EnginePool:
             if error is not None:
                 self.shutdown()
                 raise EngineError(f"{self._where(slot)} did not start: {describe(error)}") from error
-            self.started(slot)
-
-    def started(self, slot: Slot) -> None:
-        """The slot's engine has answered `start`: it can be called."""
-        assert slot.handle is not None
-        slot.starting = False
-        slot.process = slot.handle.submit("locate").result(timeout=self.timeout_s)
 
     def _launch(self, slot: Slot) -> None:
         if slot.place is None:
@@ -170,11 +163,6 @@ class EnginePool:
         self.submit(slot, "start", self.spec, timeout_s=self.start_timeout_s)
 
     # -------------------------------------------------------------------------------------------------- calling
-    @property
-    def handles(self) -> list[Handle]:
-        """Of the engines that run."""
-        return [slot.handle for slot in self.slots if slot.handle is not None and not slot.starting]
-
     def submit(self, slot: Slot, method: str, *args: Any, timeout_s: float | None = None) -> None:
         assert slot.handle is not None and slot.call is None, "one call at a time"
         slot.deadline = time.monotonic() + (self.timeout_s if timeout_s is None else timeout_s)
@@ -187,14 +175,19 @@ class EnginePool:
         wait(calls, timeout=max(0.0, remaining), return_when=FIRST_COMPLETED)
 
     def take(self, slot: Slot) -> tuple[Any, Exception | None] | None:
-        """(result, None) or (None, error) of the slot's call, if it has ended or is overdue; else None."""
+        """(result, None) or (None, error) of the slot's call, if it has ended or is overdue; else None. An engine whose
+        start has ended well can be called from then on."""
         assert slot.call is not None
         if slot.call.done():
             call, slot.call = slot.call, None
             error = call.exception()
             if error is not None and not isinstance(error, Exception):
                 raise error
-            return (None, error) if error is not None else (call.result(), None)
+            if error is not None:
+                return None, error
+            if slot.starting:
+                slot.starting, slot.process = False, call.result()
+            return call.result(), None
         if time.monotonic() < slot.deadline:
             return None
         slot.call = None
@@ -238,13 +231,14 @@ class EnginePool:
         self._launch(slot)
 
     def settle(self) -> None:
-        """Wait for engines that are being replaced: the others may have finished the batch without them."""
+        """Between batches: replace the engines that do not answer, and wait for those that are starting (the others may
+        have finished the batch without them)."""
         for slot in self.slots:
-            while slot.starting:
-                error = self.wait_for(slot)
-                if error is None:
-                    self.started(slot)
-                else:
+            if not slot.starting:
+                self.submit(slot, "locate")
+        for slot in self.slots:
+            while slot.call is not None:
+                if error := self.wait_for(slot):
                     self.replace(slot, error)
 
     def _where(self, slot: Slot) -> str:

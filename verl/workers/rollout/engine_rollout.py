@@ -4,6 +4,7 @@ from collections import defaultdict
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 
 from verl.protocol import DataProto
@@ -28,6 +29,8 @@ class EngineRollout:
         self.pad_token_id = pad_token_id
         self.rollout = config.actor_rollout_ref.rollout
         self.actor = actor
+        self._pool: EnginePool | None = None
+        self.restarts_told = 0
         self.lengths = LengthEstimate()
         self.connected: list[Any] = []  # the engines that the workers' sender talks to
         self.asleep = False
@@ -36,9 +39,11 @@ class EngineRollout:
     def start(self) -> None:
         self.locations = self.actor.locate()
         self.device = torch.device(self.locations[0].device)
+        if self.device.type == "cuda" and not self.colocated:
+            check_free_gpus(self.rollout.nnodes * self.rollout.n_gpus_per_node)
         self.places = self._places()
         trainer = self.config.trainer
-        self.pool = EnginePool(
+        self._pool = EnginePool(
             self._spec(),
             self.places,
             self.rollout.engine_timeout_s,
@@ -46,6 +51,11 @@ class EngineRollout:
             self.rollout.max_engine_restarts,
         )
         self.pool.start()
+
+    @property
+    def pool(self) -> EnginePool:
+        assert self._pool is not None, "the engines are not started"
+        return self._pool
 
     @property
     def colocated(self) -> bool:
@@ -117,7 +127,7 @@ class EngineRollout:
         output = GenerationOutput.empty(
             len(batch), params.max_tokens, self.pad_token_id, self.rollout.calculate_log_probs
         )
-        restarts, cached, unfinished = self.pool.restarts, 0, len(batch)
+        cached, unfinished = 0, len(batch)
         while unfinished:
             self._hand_out(queue, requests, params)
             self.pool.wait_any()
@@ -128,8 +138,9 @@ class EngineRollout:
                 cached += sum(response.cached_tokens for response in finished)
                 on_finished(rows, output)
         self.lengths.observe(questions, output.lengths.tolist())
+        restarts, self.restarts_told = self.pool.restarts - self.restarts_told, self.pool.restarts
         return output, {
-            "rollout/engine_restarts": float(self.pool.restarts - restarts),
+            "rollout/engine_restarts": float(restarts),
             "rollout/cached_prompt_share": cached / int(batch["prompt_length"].sum()),
         }
 
@@ -144,6 +155,7 @@ class EngineRollout:
 
     def _collect(self, slot: Slot, queue: RequestQueue) -> list[Response]:
         """What the slot's engine has finished. A failed one is replaced; its rows go back into the queue."""
+        started = slot.starting
         taken = self.pool.take(slot) if slot.call is not None else None
         if taken is None:
             return []
@@ -153,8 +165,7 @@ class EngineRollout:
             slot.rows = set()
             self.pool.replace(slot, error)
             return []
-        if slot.starting:
-            self.pool.started(slot)
+        if started:
             self._send_weights([slot])
             return []
         slot.rows -= {response.row for response in result}
@@ -185,7 +196,8 @@ class EngineRollout:
         if handles != self.connected:
             self.actor.connect_rollout(self._plan(slots))
             self.connected = handles
-        self.actor.update_weights()
+        # An engine that is lost in the middle of a transfer may leave the workers waiting for it.
+        self.actor.call("update_weights", timeout_s=self.rollout.engine_timeout_s)
 
     def _plan(self, slots: list[Slot]) -> TransferPlan:
         backend = self.pool.spec.transfer_backend
@@ -200,7 +212,18 @@ class EngineRollout:
         )
 
     def shutdown(self) -> None:
-        self.pool.shutdown()
+        if self._pool is not None:
+            self._pool.shutdown()
+
+
+def check_free_gpus(needed: int) -> None:
+    """ValueError if the cluster has fewer GPUs left, now that the training workers have theirs."""
+    free = int(ray.available_resources().get("GPU", 0))
+    if free < needed:
+        raise ValueError(
+            f"actor_rollout_ref.rollout.nnodes x n_gpus_per_node is {needed} GPUs for engines, only {free} are left "
+            "beside the training workers': lower one of them, or set nnodes=0 to share the training GPUs"
+        )
 
 
 def make_requests(batch: DataProto) -> list[Request]:

@@ -12,11 +12,10 @@ class LengthEstimate:
 
     def __init__(self) -> None:
         self.known: dict[str, float] = {}
+        self.mean = 0.0
 
     def __call__(self, question_id: str) -> float:
-        if question_id in self.known:
-            return self.known[question_id]
-        return sum(self.known.values()) / len(self.known) if self.known else 0.0
+        return self.known.get(question_id, self.mean)
 
     def observe(self, question_ids: Iterable[str], lengths: Iterable[int]) -> None:
         found = defaultdict(list)
@@ -24,6 +23,7 @@ class LengthEstimate:
             found[question].append(length)
         for question, values in found.items():
             self.known[question] = float(np.mean(values))
+        self.mean = float(np.mean(list(self.known.values())))
 
 
 class RequestQueue:

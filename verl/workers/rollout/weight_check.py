@@ -11,6 +11,7 @@ from verl.workers.rollout.base import SamplingParams, ignore
 from verl.workers.rollout.engine_rollout import EngineRollout
 
 MIN_TOKENS = 1000
+MAX_TOKENS = 256  # of a response: the engines hold most of the memory meanwhile
 THRESHOLDS = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.05}
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.02, torch.float16: 0.01}  # of a checksum, relative to the norm
 MAX_NAMES = 8
@@ -31,14 +32,14 @@ class WeightCheck:
         self.rollout = rollout
         self.actor = actor
         self.seed = seed
-        self.max_tokens = max_tokens
+        self.max_tokens = min(max_tokens, MAX_TOKENS)
 
     def prepare(self, questions: DataProto) -> None:
         """Choose the sequences, at least 1,000 tokens, as responses to these questions, and measure the difference
         between engines and trainer that both have loaded the same weights."""
         names = object_array([f"weight-check-{i}" for i in range(len(questions))])
         questions = questions.with_columns(uid=names)
-        n = -(-MIN_TOKENS // int(questions["prompt_length"].sum() + len(questions)))
+        n = -(-MIN_TOKENS // int(questions["prompt_length"].sum()))  # a response has at least one token
         batch = expand(questions, n, self.seed, step=0)
         output, _ = self.rollout.generate(batch, SamplingParams(self.max_tokens), n, ignore)
         width, lengths = batch["prompts"].shape[1], batch["prompt_length"].tolist()

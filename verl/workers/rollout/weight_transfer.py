@@ -6,6 +6,7 @@
 Tensors are gathered one at a time and packed into buckets of bounded size; no rank ever holds the whole model.
 """
 
+import os
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
@@ -51,6 +52,11 @@ class Engine(Protocol):
     """An engine that takes calls: see `engine_pool`."""
 
     def submit(self, method: str, *args: Any) -> Future: ...
+
+
+def tensor_bytes(source: PolicyWeights) -> list[int]:
+    """Size of each tensor."""
+    return [torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in source.metadata()]
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,10 @@ class EngineClient:
                 info["rank_offset"] += number * self.engine_world_size
         self._call("init_weight_transfer_engine", lambda number: (infos[number],))
 
+    def close_weight_transfer_engine(self) -> None:
+        """Let the engines end what an earlier sender had opened."""
+        self._call("shutdown_weight_transfer_engine")
+
     def start_weight_update(self) -> None:
         self._call("start_weight_update")
 
@@ -143,11 +153,17 @@ class SharedMemorySender:
     def _open(self) -> None:
         """Make the file, which a bucket or, if larger, the largest tensor fits into. Its name goes when all have it
         open, so that nothing is left behind however the run ends."""
-        sizes = [torch.Size(meta.shape).numel() * meta.dtype.itemsize for meta in self.source.metadata()]
+        sizes = tensor_bytes(self.source)
         size = max(*sizes, min(BUCKET_BYTES, sum(sizes) + 64 * len(sizes)))
         folder = MEMORY_FOLDER if MEMORY_FOLDER.is_dir() else Path(tempfile.gettempdir())
         with tempfile.NamedTemporaryFile(prefix="riskpo-weights-", dir=folder) as file:
-            file.truncate(size)
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)  # a sparse file would end the process when it is written to
+            except OSError as error:
+                raise RuntimeError(
+                    f"no room for {size / 2**20:.0f} MiB in {folder}, through which weights go to the engines "
+                    f"({error.strerror}): make it larger, in Docker by --shm-size"
+                ) from error
             self.memory = torch.from_file(file.name, shared=True, size=size, dtype=torch.uint8)
             self.client.init_weight_transfer_engine({"path": file.name, "size": size})
 
@@ -162,22 +178,26 @@ def make_sender(plan: TransferPlan, rank: int, source: PolicyWeights) -> Any:
         return SharedMemorySender(client, source)
     from vllm.distributed.weight_transfer import WeightTransferTrainerFactory
 
-    return WeightTransferTrainerFactory.trainer_init(_vllm_init_info(plan, rank), client=client, source=source)
+    bucket_bytes = max(BUCKET_BYTES, *tensor_bytes(source))  # vLLM refuses a tensor that is larger than its buffer
+    info = _vllm_init_info(plan, rank, bucket_bytes)
+    if plan.backend == "nccl":
+        client.close_weight_transfer_engine()
+    return WeightTransferTrainerFactory.trainer_init(info, client=client, source=source)
 
 
-def _vllm_init_info(plan: TransferPlan, rank: int) -> Any:
+def _vllm_init_info(plan: TransferPlan, rank: int, bucket_bytes: int) -> Any:
     from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
     from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
     if plan.backend == "ipc":
-        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=BUCKET_BYTES)
+        return IPCTrainerInitInfo(rank=rank, packed=True, packed_buffer_size_bytes=bucket_bytes)
     engines = len(plan.feeds[0])
     return NCCLTrainerInitInfo(
         master_address=ray.util.get_node_ip_address(),
         master_port=_free_port(),
         world_size=1 + engines * plan.engine_world_size,
         rank=rank,
-        packed_buffer_size_bytes=BUCKET_BYTES,
+        packed_buffer_size_bytes=bucket_bytes,
     )
 
 
