@@ -26,21 +26,21 @@ from verl.workers.sharding import make_mesh, shard
 from verl.workers.ulysses import check_size, gather_rows, make_group
 
 CPU = torch.device("cpu")
+MAX_SKIPPED_UPDATES = 10  # in a row, with a gradient that is not finite: then the run is lost
 
 
 @dataclass(frozen=True)
 class EngineSettings:
     """How a model is trained.
 
-    grad_clip: largest norm of the gradient. max_skipped_updates: so many in a row are an error. fsdp_size: see
-    `make_mesh`. param_offload, optimizer_offload: what waits in the CPU's memory outside `resident`.
-    reduce_per_mini_batch: gradients stay whole on every worker until the last micro-batch (see `accumulate`). packed:
-    see `Layout`; the model was loaded for it. sequence_parallel_size: workers that share a packed row (Ulysses).
+    grad_clip: largest norm of the gradient. fsdp_size: see `make_mesh`. param_offload, optimizer_offload: what waits in
+    the CPU's memory outside `resident`. reduce_per_mini_batch: gradients stay whole on every worker until the last
+    micro-batch (see `backward`). packed: see `Layout`; the model was loaded for it. sequence_parallel_size: workers
+    that share a packed row (Ulysses).
     """
 
     grad_clip: float = 1.0
     gradient_checkpointing: bool = False
-    max_skipped_updates: int = 10
     fsdp_size: int = -1
     param_offload: bool = False
     optimizer_offload: bool = False
@@ -54,7 +54,6 @@ class EngineSettings:
         return cls(
             actor.grad_clip,
             config.model.enable_gradient_checkpointing,
-            actor.max_skipped_updates,
             fsdp.fsdp_size,
             fsdp.param_offload,
             fsdp.optimizer_offload,
@@ -152,16 +151,16 @@ class FSDPEngine:
     def step(self) -> dict[str, float]:
         """Clip the gradient, move the weights, and forget the gradient.
 
-        A non-finite gradient moves nothing; `max_skipped_updates` of them in a row are a RuntimeError.
+        A non-finite gradient moves nothing; MAX_SKIPPED_UPDATES of them in a row are a RuntimeError.
         """
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         finite = math.isfinite(grad_norm)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= self.settings.max_skipped_updates:
+        if self.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
             raise RuntimeError(
-                f"the gradient was not finite in {self.skipped_in_a_row} updates in a row: look at the rewards, lower "
-                "the learning rate, or raise actor_rollout_ref.actor.max_skipped_updates"
+                f"the gradient was not finite in {self.skipped_in_a_row} updates in a row: look at the rewards, or "
+                "lower the learning rate"
             )
         lr = self.optimizer.param_groups[0]["lr"]
         if finite:

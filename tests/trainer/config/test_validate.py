@@ -46,7 +46,7 @@ def test_a_sound_configuration_passes():
         (["actor_rollout_ref.rollout.name=sglang"], "rollout.name=sglang: use one of hf"),
         (["actor_rollout_ref.rollout.val_kwargs.temperature=-1"], "val_kwargs.temperature=-1.0 must be 0 or more"),
         (["actor_rollout_ref.actor.clip_ratio_c=1"], "clip_ratio_c=1.0 must be greater than 1"),
-        (["algorithm.adv_estimator=passk_training", "algorithm.pass_k=64"], "algorithm.pass_k=64 must be in 1..*n=8"),
+        (["algorithm.adv_estimator=passk_training", "algorithm.estimator_kwargs.k=64"], "kwargs.k=64 must be .*n=8"),
         (["data.gen_batch_size=30"], "data.gen_batch_size=30 has a meaning under algorithm.filter_groups.enable=True"),
         (
             ["reward_model.reward_kwargs.overlong_buffer_cfg.enable=True"],

@@ -15,6 +15,7 @@ from verl.trainer.ppo import advantages as estimators
 from verl.trainer.ppo.core_algos import ADV_ESTIMATORS, get_adv_estimator
 
 EPS = 1e-6
+OWN = {"passk_training": {"k": 2}}  # algorithm.estimator_kwargs
 
 
 def flatten(lists):
@@ -107,7 +108,11 @@ def test_group_estimator_agrees_with_its_formula(name, groups, random):
     shuffled = batch.reorder(order)
     function = getattr(estimators, name)
     ours, returns = function(
-        shuffled["token_level_rewards"], shuffled["response_mask"], AlgorithmConfig(pass_k=2), index=shuffled["uid"]
+        shuffled["token_level_rewards"],
+        shuffled["response_mask"],
+        AlgorithmConfig(),
+        index=shuffled["uid"],
+        **OWN.get(name, {}),
     )
     if name == "grpo_passk":  # which of two equally good responses is the best is arbitrary, and earns 0
         ours, expected = ours.sort(0).values, expected.sort(0).values
@@ -131,7 +136,7 @@ def test_quantile_baseline_switches_at_a_success_rate_of_one_minus_k(n, right):
     right = min(right, n)
     batch = make_batch([[1.0] * right + [0.0] * (n - right)])
     ours, _ = estimators.qae(
-        batch["token_level_rewards"], batch["response_mask"], AlgorithmConfig(baseline_quantile=0.4), batch["uid"]
+        batch["token_level_rewards"], batch["response_mask"], AlgorithmConfig(), batch["uid"], level=0.4
     )
     hard = right / n <= 0.6 + 1e-12
     expected = [float(hard)] * right + [0.0 if hard else -1.0] * (n - right)
@@ -230,7 +235,7 @@ def test_nothing_is_nan_and_masked_tokens_get_0(name, groups):
     n = sum(map(len, groups))
     batch = make_batch(groups, lengths=[1 + i % 3 for i in range(n)])
     batch = batch.with_columns(values=torch.zeros(n, 3), reward_baselines=torch.zeros(n))
-    output = get_adv_estimator(name, AlgorithmConfig(pass_k=2), 2, 1)(batch)
+    output = get_adv_estimator(name, AlgorithmConfig(estimator_kwargs=OWN.get(name, {})), 2, 1)(batch)
     for tensor in (output.advantages, output.returns):
         assert tensor.shape == (n, 3) and tensor.dtype == torch.float32
         assert tensor.isfinite().all() and (tensor[~batch["response_mask"]] == 0).all()
@@ -252,18 +257,18 @@ def test_rewards_that_are_not_finite_are_refused(name):
     batch = make_batch([[0.0, 1.0], [float("inf"), 1.0]])
     batch = batch.with_columns(values=torch.zeros(4, 3), reward_baselines=torch.zeros(4))
     with pytest.raises(ValueError, match="row 2 sum to inf"):
-        get_adv_estimator(name, AlgorithmConfig(pass_k=2), 2, 1)(batch)
+        get_adv_estimator(name, AlgorithmConfig(estimator_kwargs=OWN.get(name, {})), 2, 1)(batch)
 
 
 @pytest.mark.parametrize(
     ("name", "config", "message"),
     [
-        ("qae", {"baseline_quantile": 1.0}, r"algorithm\.baseline_quantile=1\.0"),
-        ("rs_grpo", {"utility_beta": 0.0}, r"algorithm\.utility_beta=0\.0"),
-        ("passk_training", {"pass_k": 5}, r"algorithm\.pass_k=5 .*rollout\.n=2"),
-        ("passk_training", {"pass_k": 0}, r"algorithm\.pass_k=0"),
+        ("qae", {"level": 1.0}, r"algorithm\.estimator_kwargs\.level=1\.0"),
+        ("rs_grpo", {"beta": 0.0}, r"algorithm\.estimator_kwargs\.beta=0\.0"),
+        ("passk_training", {"k": 5}, r"algorithm\.estimator_kwargs\.k=5 .*rollout\.n=2"),
+        ("passk_training", {"k": 0}, r"algorithm\.estimator_kwargs\.k=0"),
     ],
 )
-def test_meaningless_settings_are_refused(name, config, message):
+def test_meaningless_settings_are_refused_at_the_start(name, config, message):
     with pytest.raises(ValueError, match=message):
-        get_adv_estimator(name, AlgorithmConfig(**config), 2, 1)(make_batch([[0.0, 1.0]]))
+        get_adv_estimator(name, AlgorithmConfig(estimator_kwargs=config), 2, 1)

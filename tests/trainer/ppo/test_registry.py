@@ -50,8 +50,37 @@ def test_a_plain_function_with_kwargs_is_handed_all_optional_columns_there_are(f
         seen.update(kwargs)
         return token_level_rewards, token_level_rewards
 
-    get_adv_estimator("mine", AlgorithmConfig(), 2, 1)(make_batch([[0.0, 1.0]], 1))
+    estimator = get_adv_estimator("mine", AlgorithmConfig(), 2, 1)
+    seen.clear()
+    estimator(make_batch([[0.0, 1.0]], 1))
     assert seen.keys() == {"bundle_uid", "sample_index", "question_id"}
+
+
+def test_a_functions_own_parameters_come_from_the_configuration(forget):
+    seen = []
+
+    @register_adv_est("mine")
+    def mine(token_level_rewards, response_mask, config, index=None, *, sharpness=1.0, old_log_probs=None):
+        seen.append(sharpness)
+        return token_level_rewards, token_level_rewards
+
+    get_adv_estimator("mine", AlgorithmConfig("mine", estimator_kwargs={"sharpness": 3.0}), 2, 1)
+    assert seen == [3.0]
+    for unknown in ("sharp", "old_log_probs", "config"):
+        message = rf"^algorithm\.estimator_kwargs\.{unknown}: algorithm\.adv_estimator=mine takes sharpness$"
+        with pytest.raises(ValueError, match=message):
+            get_adv_estimator("mine", AlgorithmConfig("mine", estimator_kwargs={unknown: 3.0}), 2, 1)
+    with pytest.raises(ValueError, match=r"estimator_kwargs\.k: algorithm\.adv_estimator=riskpo takes none"):
+        get_adv_estimator("riskpo", AlgorithmConfig(estimator_kwargs={"k": 3}), 2, 1)
+
+
+def test_a_function_that_cannot_work_fails_before_anything_is_sampled(forget):
+    @register_adv_est("one_each")
+    def one_each(token_level_rewards, response_mask, config, index=None):
+        return token_level_rewards.sum(1), token_level_rewards
+
+    with pytest.raises(ValueError, match=r"one_each gives advantages of shape \(8,\) for rewards of shape \(8, 2\)"):
+        get_adv_estimator("one_each", AlgorithmConfig("one_each"), 4, 1)
 
 
 def test_a_class_is_built_with_its_configuration(forget):

@@ -267,14 +267,16 @@ def test_too_many_scores_fall_back_to_permutations_and_say_so_once(caplog):
     assert len(caplog.records) == 1 and "num_pairings=4" in caplog.text
 
 
-def test_the_cap_on_possible_scores_is_configurable(caplog):
+def test_beyond_the_cap_on_possible_scores_pairings_are_sampled(caplog, monkeypatch):
     batch = make_batch([[0, 1, 1], [1, 0, 0], [1, 1, 0]], 3)  # scores 0..3
-    at_cap, below = riskpo(3, max_support=4), riskpo(3, max_support=3)
+    exact, sampled = riskpo(3).estimate(batch)[0], riskpo(3, pairing="permute").estimate(batch)[0]
     with caplog.at_level(logging.WARNING):
-        assert torch.equal(at_cap.estimate(batch)[0], riskpo(3).estimate(batch)[0])
+        monkeypatch.setattr("verl.trainer.ppo.riskpo.MAX_SUPPORT", 4)
+        assert torch.equal(riskpo(3).estimate(batch)[0], exact)
         assert not caplog.records
-        assert torch.equal(below.estimate(batch)[0], riskpo(3, pairing="permute").estimate(batch)[0])
-    assert "algorithm.risk.max_support=3" in caplog.text
+        monkeypatch.setattr("verl.trainer.ppo.riskpo.MAX_SUPPORT", 3)
+        assert torch.equal(riskpo(3).estimate(batch)[0], sampled)
+    assert "more than 3 possible values" in caplog.text
 
 
 def test_metrics_tell_what_was_measured():
@@ -327,7 +329,6 @@ def test_equal_weights_weigh_every_success_rate_alike():
         ({"risk": {"quantile_source": "own"}}, r"algorithm\.risk\.quantile_source=own"),
         ({"risk": {"tracker": "adam"}}, r"algorithm\.risk\.tracker=adam"),
         ({"risk": {"update_order": "never"}}, r"algorithm\.risk\.update_order=never"),
-        ({"risk": {"max_support": 1}}, r"algorithm\.risk\.max_support=1"),
         ({"risk": {"num_pairings": 0}}, r"algorithm\.risk\.num_pairings=0"),
         ({"risk": {"num_pairings": 2, "pairing": "aligned"}}, r"algorithm\.risk\.num_pairings=2"),
         ({"risk": {"bundling": "same_question"}, "bundle_size": 9}, r"rollout\.n=8"),

@@ -29,7 +29,6 @@ class Config:
     rollout_is_threshold: float = 2.0
     rollout_rs: str | None = None
     rollout_rs_threshold: float | None = None
-    rollout_rs_threshold_lower: float | None = None
     bypass_mode: bool = False
 
 
@@ -234,20 +233,6 @@ def test_the_geometric_mean_is_over_the_tokens_of_the_response():
     assert correction(log_ratio, config, mask).keep.tolist() == [True, False]
 
 
-def test_the_lower_bound_may_be_set_apart_from_the_upper():
-    log_ratio = torch.tensor([[-0.2], [-0.6], [-1e4], [0.2]])
-    keep = {}
-    for lower in (None, 0.5, 0.0):
-        config = Config(rollout_rs="sequence", rollout_rs_threshold=1.25, rollout_rs_threshold_lower=lower)
-        keep[lower] = correction(log_ratio, config).keep.tolist()
-    # exp(-0.2) = 0.82, exp(-0.6) = 0.55, exp(0.2) = 1.22; 1 / 1.25 = 0.8
-    assert keep == {
-        None: [True, False, False, True],
-        0.5: [True, True, False, True],
-        0.0: [True, True, True, True],
-    }
-
-
 def test_a_batch_may_be_rejected_whole_and_keeps_its_weights():
     got = correction(torch.full((3, 2), 5.0), Config("token", 2.0, "sequence", 2.0))
     assert not got.keep.any()
@@ -293,7 +278,6 @@ def sampling(top_p=1.0, top_k=-1, calculate_log_probs=True):
         Config("token"),
         Config("sequence", 1.0),
         Config("token", 5.0, "geometric", 1.001),
-        Config(rollout_rs="sequence", rollout_rs_threshold=2.0, rollout_rs_threshold_lower=0.0),
         Config(bypass_mode=True),
     ],
 )
@@ -318,12 +302,9 @@ def test_without_correction_sampling_is_free():
         (Config(rollout_rs="sequence"), r"rollout_rs=sequence needs algorithm.rollout_correction.rollout_rs_threshold"),
         (Config(rollout_rs="sequence", rollout_rs_threshold=0.9), r"rollout_rs_threshold=0.9 must be"),
         (Config(rollout_rs="sequence", rollout_rs_threshold=math.nan), r"rollout_rs_threshold=nan must be"),
-        (Config(None, 2.0, "sequence", 2.0, 3.0), r"rollout_rs_threshold_lower=3.0 must be in \[0, 1\]"),
-        (Config(None, 2.0, "sequence", 2.0, -0.1), r"rollout_rs_threshold_lower=-0.1 must be in \[0, 1\]"),
         (Config(rollout_rs_threshold=2.0), r"rollout_rs_threshold=2.0 has no effect without"),
-        (Config(rollout_rs_threshold_lower=0.5), r"rollout_rs_threshold_lower=0.5 has no effect without"),
         (Config("token", bypass_mode=True), r"rollout_is=token has no effect with .*bypass_mode=True"),
-        (Config(None, 2.0, "geometric", 2.0, None, True), r"rollout_rs=geometric has no effect with .*bypass_mode"),
+        (Config(None, 2.0, "geometric", 2.0, True), r"rollout_rs=geometric has no effect with .*bypass_mode"),
     ],
 )
 def test_options_without_meaning_or_effect_are_refused(config, message):

@@ -85,7 +85,7 @@ def test_one_failure_too_many_stops_the_run_with_its_cause(fleet):
         pool.replace(pool.slots[0], RuntimeError("gone"))
         assert pool.wait_for(pool.slots[0]) is None
     cause = RuntimeError("gone for good")
-    message = r"engine 0 on node \(pid 102\) failed, the 3\. .*max_engine_restarts=2\): RuntimeError: gone for good"
+    message = r"engine 0 on node \(pid 102\) failed, the 3\. .*at most 2 are replaced\): RuntimeError: gone for good"
     with pytest.raises(EngineError, match=message) as caught:
         pool.replace(pool.slots[0], cause)
     assert caught.value.__cause__ is cause and len(fleet.handles) == 3

@@ -128,7 +128,7 @@ def test_a_batch_is_completed_without_waiting_for_a_new_engine(fleet, make_rollo
 
 def test_an_engine_lost_while_it_starts_again_counts_once_more(fleet, make_rollout):
     fleet.faults = {0: {"advance": [RuntimeError("gone")]}, 1: {"start": [ValueError("no memory")]}}
-    rollout = make_rollout("actor_rollout_ref.rollout.max_engine_restarts=2", locations=[Location("cpu", "node", "")])
+    rollout = make_rollout(locations=[Location("cpu", "node", "")])
     _, metrics, told = generate(rollout, questions(5))
     assert sorted(told) == list(range(20)) and metrics["rollout/engine_restarts"] == 2
     assert [handle.killed for handle in fleet.handles] == [True, True, False]
@@ -136,15 +136,16 @@ def test_an_engine_lost_while_it_starts_again_counts_once_more(fleet, make_rollo
 
 def test_engines_that_go_on_failing_stop_the_run(fleet, make_rollout):
     fleet.faults = {i: {"advance": [RuntimeError("illegal memory access")]} for i in range(10)}
-    rollout = make_rollout("actor_rollout_ref.rollout.max_engine_restarts=3")
-    with pytest.raises(EngineError, match=r"the 4\. failure .*max_engine_restarts=3.*illegal memory access"):
+    rollout = make_rollout()
+    with pytest.raises(EngineError, match=r"the 4\. failure .*at most 3 are replaced.*illegal memory access"):
         generate(rollout, questions(5))
     assert len(fleet.handles) == 2 + 3
 
 
 def test_restarts_count_over_the_whole_run(fleet, make_rollout):
     fleet.faults = {0: {"advance": [RuntimeError("gone")]}}
-    rollout = make_rollout("actor_rollout_ref.rollout.max_engine_restarts=1", locations=[Location("cpu", "node", "")])
+    rollout = make_rollout(locations=[Location("cpu", "node", "")])
+    rollout.pool.max_restarts = 1
     assert generate(rollout, questions(2))[1]["rollout/engine_restarts"] == 1
     assert generate(rollout, questions(2))[1]["rollout/engine_restarts"] == 0
     fleet.handles[-1].faults = {"advance": [RuntimeError("gone")]}

@@ -131,5 +131,5 @@ def test_a_batch_survives_the_loss_of_an_engine(trainer, lose, monkeypatch, capf
 def test_too_many_losses_stop_the_run_with_the_cause(trainer, lose, monkeypatch):
     monkeypatch.setattr(trainer.rollout.pool, "max_restarts", trainer.rollout.pool.restarts)
     _, pid = lose(0, signal.SIGKILL)
-    with pytest.raises(EngineError, match=rf"engine 0 .*pid {pid}\) failed.*max_engine_restarts=.*died"):
+    with pytest.raises(EngineError, match=rf"engine 0 .*pid {pid}\) failed.*at most .* are replaced.*died"):
         trainer.rollout.generate(expand(prompts_of(40), 4, 1, 0), GREEDY, 4, ignore)

@@ -55,7 +55,6 @@ GPU = EngineSpec(
     kv_cache_memory_bytes=None,
     enforce_eager=False,
     enable_chunked_prefill=True,
-    enable_prefix_caching=True,
     enable_sleep_mode=True,
     calculate_log_probs=True,
     transfer_backend="ipc",

@@ -107,7 +107,6 @@ class ActorConfig:
     kl_loss_coef: float = key(0.001, "Weight of that KL term.")
     kl_loss_type: str = key("low_var_kl", "Its estimator: `kl`, `abs`, `mse` or `low_var_kl`.")
     grad_clip: float = key(1.0, "Largest global norm of the gradient.")
-    max_skipped_updates: int = key(10, "Updates in a row with a gradient that is not finite that stop the run.")
     policy_loss: PolicyLossConfig = section(PolicyLossConfig)
     optim: OptimConfig = section(OptimConfig)
     fsdp_config: FSDPConfig = section(FSDPConfig)
@@ -135,7 +134,6 @@ class RolloutConfig:
     nnodes: int = key(0, "vllm: nodes with GPUs for the engines alone; 0: engines share the training GPUs.")
     n_gpus_per_node: int = key(8, "vllm: engine GPUs on each of those nodes (on a CPU: engines).")
     tensor_model_parallel_size: int = key(1, "vllm: GPUs of one engine.")
-    dtype: str = key("auto", "vllm: `bfloat16`, `float16`, `float32`; `auto`: what training computes in.")
     max_model_len: int | None = key(None, "vllm: longest sequence; null: longest prompt and longest response.")
     max_num_batched_tokens: int = key(8192, "vllm: most tokens computed in one step of an engine.")
     gpu_memory_utilization: float = key(0.5, "vllm: share of a GPU's memory for an engine.")
@@ -144,13 +142,8 @@ class RolloutConfig:
     )
     enforce_eager: bool = key(False, "vllm: neither compile nor capture graphs: starts faster, decodes slower.")
     enable_chunked_prefill: bool = key(True, "vllm: split long prompts over steps. Always off on a CPU.")
-    enable_prefix_caching: bool = key(True, "vllm: compute a prompt once for all its responses.")
     free_cache_engine: bool = key(True, "vllm on the training GPUs: give their memory back while training.")
-    weight_check_freq: int = key(
-        10, "vllm: compare log-probs with the trainer's after step 1 and every so many steps; -1: never."
-    )
     engine_timeout_s: int = key(300, "vllm: an engine that does not answer for so long is replaced.")
-    max_engine_restarts: int = key(3, "vllm: engines replaced in a run; one more failure stops it.")
     log_prob_micro_batch_size_per_gpu: int | None = key(
         II("actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu"), "Rows per log-prob pass; follows the actor's."
     )
@@ -220,9 +213,6 @@ class RiskConfig:
     )
     pairing: str = key("exact", "Which responses meet: `exact` (expectation over all), `permute` or `aligned`.")
     num_pairings: int = key(1, "Independent pairings averaged by `permute`.")
-    max_support: int = key(
-        512, "Most possible bundle scores for `exact`; beyond it `num_pairings` permutations are used, with a warning."
-    )
     baseline: str = key("leave_one_out", "Subtracted from the credit: `leave_one_out` or `none`.")
     adv_norm: str = key("none", "`none`, or `batch`: divide by the batch's standard deviation of advantages.")
     quantile_source: str = key("tracked", "Quantiles used: `tracked`, `batch` or `mixed` (their mean).")
@@ -252,8 +242,7 @@ class RolloutCorrectionConfig:
     rollout_rs: str | None = key(
         None, "Leave out responses whose ratio is out of range: `sequence` (product), `geometric` (mean); null: none."
     )
-    rollout_rs_threshold: float | None = key(None, "Largest ratio that stays.")
-    rollout_rs_threshold_lower: float | None = key(None, "Smallest; null: 1 / the largest.")
+    rollout_rs_threshold: float | None = key(None, "Largest ratio that stays; the smallest is 1 / this.")
     bypass_mode: bool = key(False, "Take the engine's log-probs as the old policy's: no pass to compute those.")
 
 
@@ -262,9 +251,9 @@ class AlgorithmConfig:
     adv_estimator: str = key("riskpo", "Advantage estimator by its registered name.")
     gamma: float = key(1.0, "Discount per token.")
     lam: float = key(1.0, "gae: lambda.")
-    baseline_quantile: float = key(0.4, "qae: level of the group quantile that is the baseline.")
-    utility_beta: float = key(2.0, "rs_grpo: exponent of the exponential utility; above 0 seeks risk, below avoids it.")
-    pass_k: int = key(4, "passk_training: the k of pass@k.")
+    estimator_kwargs: dict[str, Any] = key(
+        {}, "An estimator's own parameters, handed to it by name; docs/algorithm.md lists them."
+    )
     norm_adv_by_std_in_grpo: bool = key(True, "GRPO: divide by the group's standard deviation.")
     use_kl_in_reward: bool = key(False, "Subtract the KL divergence from the reference policy from the rewards.")
     kl_penalty: str = key("kl", "Its estimator: `kl`, `abs`, `mse` or `low_var_kl`.")

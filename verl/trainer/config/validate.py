@@ -19,7 +19,6 @@ CHOICES = {
     "actor_rollout_ref.actor.optim.lr_scheduler_type": ("constant", "linear", "cosine"),
     "actor_rollout_ref.rollout.name": ("hf", "vllm"),
     "actor_rollout_ref.rollout.mode": ("async", "sync"),
-    "actor_rollout_ref.rollout.dtype": ("auto", "bfloat16", "float16", "float32"),
     "algorithm.kl_penalty": KL_KINDS,
     "algorithm.filter_groups.metric": ("acc", "score", "seq_reward"),
     "trainer.resume_mode": ("auto", "disable"),
@@ -34,7 +33,6 @@ POSITIVE = (
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
     "actor_rollout_ref.actor.ppo_epochs",
     "actor_rollout_ref.actor.grad_clip",
-    "actor_rollout_ref.actor.max_skipped_updates",
     "actor_rollout_ref.actor.optim.lr",
     "actor_rollout_ref.rollout.n",
     "actor_rollout_ref.rollout.temperature",
@@ -68,12 +66,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "actor_rollout_ref.rollout.val_kwargs.temperature": (lambda v: v >= 0, "0 or more"),
     "actor_rollout_ref.rollout.nnodes": (lambda v: v >= 0, "0 or more"),
     "actor_rollout_ref.rollout.gpu_memory_utilization": (lambda v: 0 < v <= 1, "in (0, 1]"),
-    "actor_rollout_ref.rollout.max_engine_restarts": (lambda v: v >= 0, "0 or more"),
-    "actor_rollout_ref.rollout.weight_check_freq": (lambda v: v == -1 or v > 0, "-1 (never) or at least 1"),
     "reward_model.num_workers": (lambda v: v >= 0, "0 or more"),
     "reward_model.timeout_s": (lambda v: v > 0, "greater than 0"),
-    "algorithm.baseline_quantile": (lambda v: 0 < v <= 1, "in (0, 1]"),
-    "algorithm.utility_beta": (lambda v: v != 0, "other than 0"),
     "algorithm.filter_groups.max_num_gen_batches": (lambda v: v >= 0, "0 or more"),
     "trainer.critic_warmup": (lambda v: v >= 0, "0 or more"),
 }
@@ -112,9 +106,6 @@ def _check_ranges(config: PPOConfig) -> None:
         value = value_of(config, key)
         if not allowed(value):
             raise ConfigError(f"{key}={value} must be {text}")
-    n, k = config.actor_rollout_ref.rollout.n, config.algorithm.pass_k
-    if config.algorithm.adv_estimator == "passk_training" and not 1 <= k <= n:
-        raise ConfigError(f"algorithm.pass_k={k} must be in 1..actor_rollout_ref.rollout.n={n}")
 
 
 def _check_sampling(config: PPOConfig) -> None:

@@ -89,15 +89,19 @@ def gpg(
 
 @register_adv_est("qae", min_responses=2)
 def qae(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: AlgorithmConfig, index: np.ndarray
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    config: AlgorithmConfig,
+    index: np.ndarray,
+    *,
+    level: float = 0.4,
 ) -> Estimate:
-    """r - K-quantile of the question's rewards, inf{x : F(x) >= K}, K `algorithm.baseline_quantile` (arXiv 2509.22611).
+    """r - K-quantile of the question's rewards, inf{x : F(x) >= K}, K the `level` (arXiv 2509.22611).
 
     With 0/1 rewards and success rate p: the baseline is 0 where p <= 1 - K, else 1.
     """
-    level = config.baseline_quantile
     if not 0 < level < 1:
-        raise ValueError(f"algorithm.baseline_quantile={level} must lie inside (0, 1)")
+        raise ValueError(f"algorithm.estimator_kwargs.level={level} must lie inside (0, 1)")
     rewards, groups = response_rewards(token_level_rewards, response_mask), Groups(index)
     order, start = groups.ascending(rewards)
     rank = (level * groups.count - 1e-9).ceil().long() - 1
@@ -106,12 +110,19 @@ def qae(
 
 @register_adv_est("rs_grpo", min_responses=2)
 def rs_grpo(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: AlgorithmConfig, index: np.ndarray
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    config: AlgorithmConfig,
+    index: np.ndarray,
+    *,
+    beta: float = 2.0,
 ) -> Estimate:
-    """(1/b) (e^(b r) / mean e^(b r) - 1) over a question's responses, b `algorithm.utility_beta` (arXiv 2509.24261)."""
-    beta = config.utility_beta
+    """(1/b) (e^(b r) / mean e^(b r) - 1) over a question's responses, b the `beta`: above 0 it seeks risk, below it
+    avoids it (arXiv 2509.24261)."""
     if beta == 0:
-        raise ValueError(f"algorithm.utility_beta={beta} must not be 0; the limit is algorithm.adv_estimator=dr_grpo")
+        raise ValueError(
+            f"algorithm.estimator_kwargs.beta={beta} must not be 0; the limit is algorithm.adv_estimator=dr_grpo"
+        )
     rewards, groups = response_rewards(token_level_rewards, response_mask), Groups(index)
     # The largest exponent of each question is 0: nothing overflows, and the ratio does not change.
     utility = (beta * rewards - groups.spread(groups.max(beta * rewards))).exp()
@@ -134,18 +145,22 @@ def grpo_passk(
 
 @register_adv_est("passk_training", min_responses=2)
 def passk_training(
-    token_level_rewards: torch.Tensor, response_mask: torch.Tensor, config: AlgorithmConfig, index: np.ndarray
+    token_level_rewards: torch.Tensor,
+    response_mask: torch.Tensor,
+    config: AlgorithmConfig,
+    index: np.ndarray,
+    *,
+    k: int = 4,
 ) -> Estimate:
     """Closed-form advantages of pass@k over all sets of k responses of a question (arXiv 2508.10751, section 2.4).
 
     A response is right if its reward is positive. With n responses, w of them wrong, R = 1 - C(w, k) / C(n, k) and
     s = sqrt(R (1 - R)): right (1 - R) / s, wrong (1 - R - C(w - 1, k - 1) / C(n - 1, k - 1)) / s; 0 where s is 0.
     """
-    k = config.pass_k
     rewards, groups = response_rewards(token_level_rewards, response_mask), Groups(index)
     if not 1 <= k <= groups.count.min():
         raise ValueError(
-            f"algorithm.pass_k={k} must be at least 1 and at most the responses per question, "
+            f"algorithm.estimator_kwargs.k={k} must be at least 1 and at most the responses per question, "
             f"actor_rollout_ref.rollout.n={int(groups.count.min())}"
         )
     right = rewards > 0

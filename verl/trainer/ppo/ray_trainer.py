@@ -36,6 +36,7 @@ from verl.workers.rollout.weight_check import WeightCheck
 TOKENS = ["prompts", "prompt_length", "responses", "response_mask"]
 MAX_SAMPLE_ROWS = 256  # of a step, written to samples/
 CHECK_QUESTIONS = 16  # whose responses the weight check compares
+WEIGHT_CHECK_FREQ = 10  # steps from one weight check to the next
 
 
 class RayPPOTrainer:
@@ -259,15 +260,14 @@ class RayPPOTrainer:
     # ---------------------------------------------------------------------------------------------------- engines
     def _prepare_weight_check(self) -> WeightCheck | None:
         """For engines that hold weights of their own, measured now that both sides have loaded the same ones."""
-        config = self.config.actor_rollout_ref.rollout
-        if not isinstance(self.rollout, EngineRollout) or config.weight_check_freq < 0:
+        if not isinstance(self.rollout, EngineRollout):
             return None
         check = WeightCheck(self.rollout, self.actor, self.config.trainer.seed, self.config.data.max_response_length)
         check.prepare(self.loader.dataset.batch(range(min(CHECK_QUESTIONS, len(self.loader.dataset)))))
         return check
 
     def _weight_check_is_due(self) -> bool:
-        return self.step == 1 or self.step % self.config.actor_rollout_ref.rollout.weight_check_freq == 0
+        return self.step == 1 or self.step % WEIGHT_CHECK_FREQ == 0
 
     def _update_weights(self, check: bool) -> dict[str, float]:
         metrics = self.rollout.update_weights()

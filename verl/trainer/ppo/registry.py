@@ -46,15 +46,23 @@ class AdvantageEstimator:
     `needs_bundles`: the trainer calls `assign_bundles` before rows are repeated. `needs_critic`: the batch must hold
     `values` (N, T). `needs_greedy_baseline`: the batch must hold `reward_baselines` (N,), the reward of the greedy
     response to the row's question. `needs_old_log_probs`: the batch must hold `old_log_probs` (N, T), which the trainer
-    otherwise leaves to the update where they cannot differ from what that computes.
+    otherwise leaves to the update where they cannot differ from what that computes. `own_parameters`: the names that
+    `algorithm.estimator_kwargs` may hold; ValueError for another one.
     """
 
     needs_bundles: bool = False
     needs_critic: bool = False
     needs_greedy_baseline: bool = False
     needs_old_log_probs: bool = False
+    own_parameters: frozenset[str] = frozenset()
 
     def __init__(self, config: AlgorithmConfig, rollout_n: int, seed: int) -> None:
+        unknown = sorted(config.estimator_kwargs.keys() - self.own_parameters)
+        if unknown:
+            accepted = f"takes {', '.join(sorted(self.own_parameters))}" if self.own_parameters else "takes none"
+            raise ValueError(
+                f"algorithm.estimator_kwargs.{unknown[0]}: algorithm.adv_estimator={config.adv_estimator} {accepted}"
+            )
         self.config = config
         self.rollout_n = rollout_n
         self.seed = seed
@@ -94,10 +102,15 @@ class FunctionEstimator(AdvantageEstimator):
     """An estimator without state made of `fn(token_level_rewards, response_mask, config, index=..., **columns)`.
 
     `fn` returns (advantages, returns), both (N, T). It is handed the optional columns that its signature names, or all
-    of them if it takes `**kwargs`.
+    of them if it takes `**kwargs`. Its keyword-only parameters are set by `algorithm.estimator_kwargs`. It is called
+    once at start-up, on made-up rewards of two questions, so that what cannot work fails before anything is sampled.
     """
 
     fn: Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+    def __init__(self, config: AlgorithmConfig, rollout_n: int, seed: int) -> None:
+        super().__init__(config, rollout_n, seed)
+        self(_trial_batch(rollout_n))
 
     def __call__(self, batch: DataProto) -> AdvantageOutput:
         parameters = inspect.signature(type(self).fn).parameters.values()
@@ -107,9 +120,39 @@ class FunctionEstimator(AdvantageEstimator):
         mask = batch["response_mask"]
         with one_thread():
             advantages, returns = type(self).fn(
-                batch["token_level_rewards"], mask, self.config, index=batch["uid"], **columns
+                batch["token_level_rewards"],
+                mask,
+                self.config,
+                index=batch["uid"],
+                **columns,
+                **self.config.estimator_kwargs,
             )
+        for name, tensor in (("advantages", advantages), ("returns", returns)):
+            if tensor.shape != mask.shape:
+                raise ValueError(
+                    f"algorithm.adv_estimator={self.config.adv_estimator} gives {name} of shape {tuple(tensor.shape)} "
+                    f"for rewards of shape {tuple(mask.shape)}: one is needed for each token"
+                )
         return AdvantageOutput(advantages.float() * mask, returns.float() * mask)
+
+
+def _trial_batch(rollout_n: int) -> DataProto:
+    """Two questions with `rollout_n` responses each, of two tokens, and every optional column."""
+    rows = 2 * rollout_n
+    names = np.array(["a", "b"], dtype=object).repeat(rollout_n)
+    zeros = torch.zeros(rows, 2)
+    return DataProto.from_dict(
+        {
+            "token_level_rewards": torch.stack([torch.zeros(rows), torch.arange(rows) % 2], dim=1),
+            "response_mask": torch.ones(rows, 2, dtype=torch.bool),
+            "uid": names,
+            "bundle_uid": np.array(["bundle"] * rows, dtype=object),
+            "sample_index": torch.arange(rows) % rollout_n,
+            "question_id": names,
+            "reward_baselines": torch.zeros(rows),
+            **dict.fromkeys(("old_log_probs", "ref_log_prob", "entropy", "values"), zeros),
+        }
+    )
 
 
 ADV_ESTIMATORS: dict[str, type[AdvantageEstimator]] = {}
@@ -122,7 +165,8 @@ def register_adv_est(
 ) -> Callable[[Any], Any]:
     """Register an `AdvantageEstimator` subclass, or a plain function (see `FunctionEstimator`), under `name`.
 
-    The keywords describe a plain function; `min_responses` is the least `rollout.n` that gives it a baseline.
+    The keywords describe a plain function, whose own keyword-only parameters `algorithm.estimator_kwargs` sets;
+    `min_responses` is the least `rollout.n` that gives it a baseline.
     """
 
     def register(target: Any) -> Any:
@@ -142,9 +186,12 @@ def register_adv_est(
 def _estimator_class(
     name: str, function: Callable, least: int, critic: bool, greedy_baseline: bool
 ) -> type[AdvantageEstimator]:
+    parameters = inspect.signature(function).parameters.values()
+
     class Estimator(FunctionEstimator):
         needs_critic = critic
         needs_greedy_baseline = greedy_baseline
+        own_parameters = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY) - set(OPTIONAL_COLUMNS)
         fn = staticmethod(function)
 
         def __init__(self, config: AlgorithmConfig, rollout_n: int, seed: int) -> None:

@@ -24,6 +24,7 @@ from verl.trainer.ppo.bundles import (
     check_num_questions,
     random_order,
 )
+from verl.trainer.ppo.exact_credit import MAX_SUPPORT
 from verl.trainer.ppo.groups import Groups
 from verl.trainer.ppo.pairing import Pairing, SampledPairing, SampledSameQuestion, ScoreAdvantage, build_pairing
 from verl.trainer.ppo.quantile_tracker import LEVEL_GRID, QuantileTracker, ScoreDistributionAverage
@@ -71,8 +72,6 @@ def check_risk_config(config: AlgorithmConfig, rollout_n: int) -> None:
             raise ValueError(f"algorithm.risk.{name}={value} is unknown; use one of {', '.join(allowed)}")
     if config.bundle_size < 1:
         raise ValueError(f"algorithm.bundle_size={config.bundle_size} must be at least 1")
-    if risk.max_support < 2:
-        raise ValueError(f"algorithm.risk.max_support={risk.max_support} must be at least 2")
     if risk.num_pairings < 1:
         raise ValueError(f"algorithm.risk.num_pairings={risk.num_pairings} must be at least 1")
     if risk.pairing == "aligned" and risk.num_pairings > 1:
@@ -212,13 +211,13 @@ class RiskPO(AdvantageEstimator):
             self.config.bundle_size,
             self.same_question,
             self.risk.num_pairings,
-            self.risk.max_support,
+            MAX_SUPPORT,
             np.random.default_rng((self.seed, step, 1)),
         )
         if self.risk.pairing == "exact" and isinstance(pairing, SampledPairing | SampledSameQuestion):
             self._warn_once(
-                f"bundle scores have more than algorithm.risk.max_support={self.risk.max_support} possible values, too "
-                f"many for algorithm.risk.pairing=exact; the mean of "
+                f"bundle scores have more than {MAX_SUPPORT} possible values, too many for "
+                f"algorithm.risk.pairing=exact; the mean of "
                 f"algorithm.risk.num_pairings={self.risk.num_pairings} random pairings is used"
             )
         return pairing

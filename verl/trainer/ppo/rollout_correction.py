@@ -82,12 +82,10 @@ def _ratio(log_ratio: torch.Tensor) -> torch.Tensor:
 
 
 def _inside(log_ratio: torch.Tensor, config: RolloutCorrectionConfig) -> torch.Tensor:
-    """Whether each ratio is in [lower, upper], bounds included; compared as logarithms, without limit."""
+    """Whether each ratio is in [1 / upper, upper], bounds included; compared as logarithms, without limit."""
     upper = config.rollout_rs_threshold
     assert upper is not None
-    lower = 1 / upper if config.rollout_rs_threshold_lower is None else config.rollout_rs_threshold_lower
-    low, high = torch.tensor([lower, upper], dtype=torch.float64).log()
-    return (log_ratio >= low) & (log_ratio <= high)
+    return log_ratio.abs() <= math.log(upper)
 
 
 def _divergence_metrics(old: torch.Tensor, rollout: torch.Tensor, sequence: torch.Tensor) -> dict[str, float]:
@@ -152,13 +150,12 @@ def _check_importance_weights(config: RolloutCorrectionConfig) -> None:
 
 
 def _check_rejection(config: RolloutCorrectionConfig) -> None:
-    level, upper, lower = config.rollout_rs, config.rollout_rs_threshold, config.rollout_rs_threshold_lower
+    level, upper = config.rollout_rs, config.rollout_rs_threshold
     if level is None:
-        for name, value in (("rollout_rs_threshold", upper), ("rollout_rs_threshold_lower", lower)):
-            if value is not None:
-                raise ValueError(
-                    f"{KEY}.{name}={value} has no effect without {KEY}.rollout_rs: set that, or leave it out"
-                )
+        if upper is not None:
+            raise ValueError(
+                f"{KEY}.rollout_rs_threshold={upper} has no effect without {KEY}.rollout_rs: set that, or leave it out"
+            )
         return
     if level not in RS_LEVELS:
         raise ValueError(f"{KEY}.rollout_rs={level} is unknown; use one of {', '.join(RS_LEVELS)}, or null")
@@ -168,8 +165,6 @@ def _check_rejection(config: RolloutCorrectionConfig) -> None:
         raise ValueError(
             f"{KEY}.rollout_rs_threshold={upper} must be finite and at least 1, so that a ratio of 1 is kept"
         )
-    if lower is not None and not 0 <= lower <= 1:
-        raise ValueError(f"{KEY}.rollout_rs_threshold_lower={lower} must be in [0, 1], so that a ratio of 1 is kept")
 
 
 def _check_comparable(option: str, sampling: RolloutConfig) -> None:

@@ -12,6 +12,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from verl.single_controller.ray_worker_group import worker_environment
 from verl.workers.rollout.vllm_engine import EngineSpec, VLLMEngine
 
+MAX_RESTARTS = 3  # engines replaced in a run: more than that is no accident
+
 
 class EngineError(RuntimeError):
     """Engines failed more often than allowed, or could not be started. One line says which, where and why."""
@@ -133,7 +135,7 @@ class EnginePool:
         places: list[EnginePlace] | None,
         timeout_s: float,
         start_timeout_s: float,
-        max_restarts: int,
+        max_restarts: int = MAX_RESTARTS,
     ) -> None:
         self.spec = spec
         self.timeout_s = timeout_s
@@ -223,7 +225,7 @@ class EnginePool:
         if self.restarts > self.max_restarts:
             raise EngineError(
                 f"{self._where(slot)} failed, the {self.restarts}. failure of this run "
-                f"(actor_rollout_ref.rollout.max_engine_restarts={self.max_restarts}): {describe(error)}"
+                f"(at most {self.max_restarts} are replaced): {describe(error)}"
             ) from error
         print(f"{self._where(slot)} failed and is started again: {describe(error)}", flush=True)
         slot.handle.kill()

@@ -48,7 +48,6 @@ class EngineRollout:
             self.places,
             self.rollout.engine_timeout_s,
             trainer.start_timeout_s,
-            self.rollout.max_engine_restarts,
         )
         self.pool.start()
 
@@ -99,7 +98,6 @@ class EngineRollout:
             kv_cache_memory_bytes=kv_cache_bytes(self.config, self.device.type),
             enforce_eager=rollout.enforce_eager,
             enable_chunked_prefill=rollout.enable_chunked_prefill and not cpu,
-            enable_prefix_caching=rollout.enable_prefix_caching,
             enable_sleep_mode=self.sleeps,
             calculate_log_probs=rollout.calculate_log_probs,
             transfer_backend=backend,
@@ -110,8 +108,8 @@ class EngineRollout:
 
     @property
     def dtype(self) -> torch.dtype:
-        name = self.rollout.dtype
-        return compute_dtype(self.device) if name == "auto" else getattr(torch, name)
+        """Of the engines: what training computes in."""
+        return compute_dtype(self.device)
 
     # ------------------------------------------------------------------------------------------------ generating
     def generate(

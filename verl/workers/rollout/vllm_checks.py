@@ -2,9 +2,11 @@
 
 from importlib import metadata
 
+import torch
 from transformers import AutoConfig
 
 from verl.trainer.config.schema import PPOConfig
+from verl.utils.device import compute_dtype
 from verl.workers.rollout.engine_rollout import kv_cache_bytes, max_model_len
 
 SUPPORTED = "0.32"  # its weight transfer and its reload of weights are what this code calls
@@ -110,8 +112,7 @@ def cache_bytes_per_token(config: PPOConfig, device: str) -> int:
     head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     heads = max(1, heads // rollout.tensor_model_parallel_size)
-    full = rollout.dtype == "float32" or (rollout.dtype == "auto" and device == "cpu")
-    return 2 * model.num_hidden_layers * heads * head_dim * (4 if full else 2)
+    return 2 * model.num_hidden_layers * heads * head_dim * compute_dtype(torch.device(device)).itemsize
 
 
 def unused_keys(config: PPOConfig, device: str) -> list[str]:

@@ -36,7 +36,6 @@ class EngineSpec:
     kv_cache_memory_bytes: int | None
     enforce_eager: bool
     enable_chunked_prefill: bool
-    enable_prefix_caching: bool
     enable_sleep_mode: bool
     calculate_log_probs: bool
     transfer_backend: str
@@ -204,7 +203,7 @@ def _build(spec: EngineSpec) -> Any:
         kv_cache_memory_bytes=spec.kv_cache_memory_bytes,
         enforce_eager=spec.enforce_eager,
         enable_chunked_prefill=spec.enable_chunked_prefill,
-        enable_prefix_caching=spec.enable_prefix_caching,
+        enable_prefix_caching=True,  # the responses to a question share its prompt
         enable_sleep_mode=spec.enable_sleep_mode,
         logprobs_mode="processed_logprobs",  # after temperature: of the distribution sampled from
         weight_transfer_config=WeightTransferConfig(backend=spec.transfer_backend),
