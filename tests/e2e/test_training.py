@@ -1,6 +1,7 @@
 """Whole runs on a tiny model: what they log and write, and that they repeat, resume, and agree across worker groups."""
 
 import collections
+import gzip
 import itertools
 import json
 import math
@@ -274,6 +275,37 @@ def test_the_readmes_estimator_and_reward_work(files, tmp_path):
     assert state["estimator"] == {"mean": steps[-1]["running_mean/value"]}
 
 
+def test_padded_rows_give_the_same_first_step(files, tmp_path, varied_reward):
+    packed = train(config(*files, tmp_path / "packed", *varied_reward))
+    padding = ["actor_rollout_ref.model.use_remove_padding=False"]
+    assert_agree(train(config(*files, tmp_path / "padded", *varied_reward, *padding))[1], packed[1])
+
+
+def test_chosen_steps_are_profiled(files, tmp_path, varied_reward, capsys):
+    steps = train(config(*files, tmp_path, *varied_reward, "trainer.profile_steps=[2]"))
+    assert len(steps) == 4 and "profile of step 2" in capsys.readouterr().out
+    assert sorted(path.name for path in (tmp_path / "profile").iterdir()) == ["step_2.json.gz", "step_2.txt"]
+    events = json.loads(gzip.decompress((tmp_path / "profile" / "step_2.json.gz").read_bytes()))["traceEvents"]
+    assert any(event.get("name") == "aten::addmm" or event.get("name") == "aten::mm" for event in events)
+    assert "Self CPU" in (tmp_path / "profile" / "step_2.txt").read_text()
+
+
+@pytest.mark.slow  # starts Ray workers
+def test_workers_that_share_packed_rows_give_the_same_first_step(ray_cluster, files, tmp_path, varied_reward):
+    """Ulysses: two workers, two attention heads, one key-value head."""
+    local = train(config(*files, tmp_path / "local", *varied_reward, "actor_rollout_ref.actor.use_kl_loss=True"))
+    two = ["trainer.worker_group=ray", "trainer.n_gpus_per_node=2", "actor_rollout_ref.actor.use_kl_loss=True"]
+    two.append("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2")
+    assert_agree(train(config(*files, tmp_path / "shared", *varied_reward, *two))[1], local[1])
+
+
+def assert_agree(step: dict, expected: dict) -> None:
+    """To rounding."""
+    for name, value in expected.items():
+        if name.startswith(("actor/", "critic/", "riskpo/", "quantile")):
+            assert step[name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+
+
 @pytest.mark.slow  # starts Ray workers
 def test_ray_equals_local_bit_for_bit_and_two_workers_to_rounding(ray_cluster, files, tmp_path, varied_reward):
     local = train(config(*files, tmp_path / "local", *varied_reward))
@@ -282,9 +314,7 @@ def test_ray_equals_local_bit_for_bit_and_two_workers_to_rounding(ray_cluster, f
     two = train(
         config(*files, tmp_path / "two", *varied_reward, "trainer.worker_group=ray", "trainer.n_gpus_per_node=2")
     )
-    for name, value in local[1].items():
-        if name.startswith(("actor/", "critic/", "riskpo/", "quantile")):
-            assert two[1][name] == pytest.approx(value, rel=1e-3, abs=1e-6), name
+    assert_agree(two[1], local[1])
 
 
 @pytest.mark.slow  # starts Ray workers

@@ -7,8 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests.workers.test_sequences import answers
+from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.workers.attention import use_packed_attention
-from verl.workers.kernels import apply_fused_kernels, compile_layers
+from verl.workers.kernels import apply_fused_kernels, compile_layers, use_kernels
 from verl.workers.model import decode
 from verl.workers.sequences import Layout, Sequences
 
@@ -52,12 +53,21 @@ def test_fused_kernels_that_cannot_be_had_are_refused(liger, lm, monkeypatch):
         apply_fused_kernels(lm, GPU)
 
 
-def test_compiling_has_no_effect_on_a_cpu_and_says_so_once(lm, capsys):
+def test_only_what_is_asked_for_is_used_and_nothing_is_compiled_on_a_cpu(liger, lm):
     forward = [layer.forward for layer in lm.model.layers]
-    compile_layers(lm, CPU)
-    compile_layers(lm, CPU)
-    assert [layer.forward for layer in lm.model.layers] == forward
-    assert capsys.readouterr().out.count("use_torch_compile") == 1
+    use_kernels(lm, configured(), GPU)
+    use_kernels(lm, configured(compiled=True), CPU)
+    assert [layer.forward for layer in lm.model.layers] == forward and liger.applied == []
+    use_kernels(lm, configured(compiled=True), GPU)
+    assert all(layer.forward != before for layer, before in zip(lm.model.layers, forward, strict=True))
+    use_kernels(lm, configured(fused=True), GPU)
+    assert len(liger.applied) == 1
+
+
+def configured(fused: bool = False, compiled: bool = False) -> ActorRolloutRefConfig:
+    config = ActorRolloutRefConfig()
+    config.model.use_fused_kernels, config.actor.use_torch_compile = fused, compiled
+    return config
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -79,7 +89,7 @@ def test_compiled_layers_are_shared_and_take_any_number_of_tokens(lm, monkeypatc
         torch, "compile", lambda function, dynamic: compile_backend(function, backend=count, dynamic=dynamic)
     )
     torch._dynamo.reset()
-    compile_layers(lm, GPU)
+    compile_layers(lm)
     found = []
     for data in batches:
         found.append(decode(lm, Sequences.from_batch(data, CPU, layout)))

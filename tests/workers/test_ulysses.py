@@ -105,8 +105,8 @@ def test_log_probs_and_gradients_equal_those_of_one_process(tmp_path, monkeypatc
 )
 def test_a_size_that_does_not_divide_heads_and_workers_is_refused(size, workers, valid):
     lm = make_model(6, 3).lm
-    check_size(lm, 1, workers)
+    check_size(lm.config, 1, workers)
     with pytest.raises(
         ValueError, match=f"actor.ulysses_sequence_parallel_size={size} .* 6 attention heads .*{valid}$"
     ):
-        check_size(lm, size, workers)
+        check_size(lm.config, size, workers)

@@ -30,6 +30,7 @@ from verl.workers.critic import ActorCriticWorker
 from verl.workers.rollout.base import Rollout, WorkerRollout
 from verl.workers.rollout.engine_rollout import EngineRollout
 from verl.workers.rollout.vllm_checks import check_vllm, unused_keys
+from verl.workers.ulysses import check_size
 
 
 def build(config: PPOConfig) -> RayPPOTrainer:
@@ -39,6 +40,7 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     resolve_paths(config)
     tokenizer = load_tokenizer(config.actor_rollout_ref.model.path)
     check_context_length(config, config.actor_rollout_ref.model.path)
+    check_sequence_parallel(config)
     check_critic_model(config, tokenizer)
     if config.actor_rollout_ref.rollout.name == "vllm":
         check_vllm(config, cluster_device(config))
@@ -54,6 +56,8 @@ def build(config: PPOConfig) -> RayPPOTrainer:
         check_reward(reward_function, reward.evaluate, [train, val])
         check_resumable(config, loader)
         tracking = Tracking.from_config(config)
+        if config.actor_rollout_ref.actor.use_torch_compile and cluster_device(config) == "cpu":
+            print("on a CPU without effect: actor_rollout_ref.actor.use_torch_compile")
         actor = start_actor(config, total_training_steps(config, len(loader)))
         check_shared(config, actor)
         rollout = make_rollout(config, actor, tokenizer.pad_token_id)
@@ -98,6 +102,12 @@ def check_context_length(config: PPOConfig, path: str) -> None:
             f"data.max_prompt_length + data.max_response_length is {longest}, the model at {path} has {positions} "
             "positions: lower one of them"
         )
+
+
+def check_sequence_parallel(config: PPOConfig) -> None:
+    """Refuse a number of workers per packed row that the attention heads or the workers cannot be divided by."""
+    model, size = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
+    check_size(AutoConfig.from_pretrained(model.path), size, config.trainer.nnodes * config.trainer.n_gpus_per_node)
 
 
 def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:

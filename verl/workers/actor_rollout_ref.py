@@ -4,7 +4,7 @@ Thin: each method is what one call of the driver does; the work is in the engine
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,11 @@ from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers import engine_checkpoint
 from verl.workers.checkpointed_worker import CheckpointedWorker
 from verl.workers.fsdp_engine import EngineSettings, FSDPEngine
+from verl.workers.kernels import use_kernels
 from verl.workers.lora import add_adapters, without_adapters
 from verl.workers.model import ScoringModel, load_language_model
 from verl.workers.policy_update import PolicyUpdate
+from verl.workers.profiling import Profiler
 from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.hf import HFRollout
 from verl.workers.rollout.weight_transfer import PolicyWeights, TransferPlan, make_sender
@@ -63,15 +65,18 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         model, actor, rollout = self.config.model, self.config.actor, self.config.rollout
         self.tokenizer = load_tokenizer(model.path)
         engine = ENGINES[actor.strategy]
-        lm = load_language_model(model.path)
+        settings = EngineSettings.of_actor(self.config)
+        lm = load_language_model(model.path, model.use_remove_padding)
+        use_kernels(lm, self.config, self.device)
         if model.lora_rank:
             add_adapters(lm, model.lora_rank, model.lora_alpha)
-        settings = EngineSettings.of_actor(self.config)
         self.actor = engine(ScoringModel(lm), self.device, actor.optim, self.total_steps, settings)
         self.reference = None  # with adapters, the actor without them
         if self.with_reference and not model.lora_rank:
-            settings = EngineSettings(param_offload=self.config.ref.fsdp_config.param_offload)
-            self.reference = engine(ScoringModel(load_language_model(model.path)), self.device, settings=settings)
+            lm = load_language_model(model.path, model.use_remove_padding)
+            use_kernels(lm, self.config, self.device)
+            settings = replace(settings, param_offload=self.config.ref.fsdp_config.param_offload)
+            self.reference = engine(ScoringModel(lm), self.device, settings=settings)
         self.policy_update = PolicyUpdate(self.actor, actor, rollout.temperature)
         self.sender: Any = None  # to engines outside this worker
         if rollout.name == "hf":
@@ -166,6 +171,17 @@ class ActorRolloutRefWorker(CheckpointedWorker):
             seen, metrics = self.policy_update(data)
         metrics |= memory_metrics(self.device)
         return metrics if seen is None else (seen, metrics)
+
+    @register(Dispatch.RANK_ZERO)
+    def start_profile(self) -> None:
+        """Record what this worker computes until `stop_profile`."""
+        self.profiler = Profiler(self.device)
+        self.profiler.start()
+
+    @register(Dispatch.RANK_ZERO)
+    def stop_profile(self, path: str) -> None:
+        """Write the record; see Profiler."""
+        self.profiler.stop(Path(path))
 
     @register(Dispatch.ALL)
     def export(self, folder: str) -> None:

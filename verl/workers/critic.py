@@ -12,6 +12,7 @@ from verl.single_controller.dispatch import Dispatch, register
 from verl.trainer.config.schema import ActorRolloutRefConfig, CriticConfig
 from verl.utils.device import memory_metrics
 from verl.workers.actor_rollout_ref import ENGINES, ActorRolloutRefWorker
+from verl.workers.kernels import use_kernels
 from verl.workers.model import load_value_model
 from verl.workers.value_update import ValueUpdate, compute_values
 
@@ -40,7 +41,9 @@ class ActorCriticWorker(ActorRolloutRefWorker):
         """Load the policy and the critic."""
         super().init_model()
         actor = self.config.actor
-        model = load_value_model(self.critic_config.model.path or self.config.model.path)
+        path = self.critic_config.model.path or self.config.model.path
+        model = load_value_model(path, self.config.model.use_remove_padding)
+        use_kernels(model.lm, self.config, self.device)
         optim = replace(actor.optim, lr=self.critic_config.optim.lr)
         self.critic = ENGINES[actor.strategy](model, self.device, optim, self.critic_steps, self.actor.settings)
         self.value_update = ValueUpdate(self.critic, actor, self.critic_config.cliprange_value)

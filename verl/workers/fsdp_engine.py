@@ -58,6 +58,8 @@ class EngineSettings:
             fsdp.param_offload,
             fsdp.optimizer_offload,
             fsdp.reduce_per_mini_batch,
+            config.model.use_remove_padding,
+            actor.ulysses_sequence_parallel_size,
         )
 
 
@@ -77,7 +79,7 @@ class FSDPEngine:
         self.settings = settings or EngineSettings()
         self.skipped_in_a_row = 0
         size = self.settings.sequence_parallel_size
-        check_size(model.lm, size, dist.get_world_size())
+        check_size(model.lm.config, size, dist.get_world_size())
         self.layout = Layout(self.settings.packed, make_group(size))
         self.mesh = make_mesh(device, self.settings.fsdp_size)
         self.config, self.generation_config = model.lm.config, model.lm.generation_config

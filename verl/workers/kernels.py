@@ -1,14 +1,22 @@
 """Faster kernels for a loaded model, before it is sharded: Liger's, and what torch.compile makes."""
 
 import importlib
-from functools import cache
 from importlib.util import find_spec
 
 import torch
 from transformers import PreTrainedModel
 
+from verl.trainer.config.schema import ActorRolloutRefConfig
+
 FUSED_KEY = "actor_rollout_ref.model.use_fused_kernels"
-COMPILE_KEY = "actor_rollout_ref.actor.use_torch_compile"
+
+
+def use_kernels(lm: PreTrainedModel, config: ActorRolloutRefConfig, device: torch.device) -> None:
+    """What the configuration asks for."""
+    if config.model.use_fused_kernels:
+        apply_fused_kernels(lm, device)
+    if config.actor.use_torch_compile and device.type == "cuda":
+        compile_layers(lm)
 
 
 def apply_fused_kernels(lm: PreTrainedModel, device: torch.device) -> None:
@@ -30,19 +38,11 @@ def apply_fused_kernels(lm: PreTrainedModel, device: torch.device) -> None:
     apply(model=lm, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
-def compile_layers(lm: PreTrainedModel, device: torch.device) -> None:
+def compile_layers(lm: PreTrainedModel) -> None:
     """Compile every decoder layer for any number of tokens; layers that are alike share the result.
 
     The layers' forward functions are replaced, not the layers: parameters keep their names, and the hooks of FSDP2 and
-    activation checkpointing stay outside. No effect on a CPU, which a line says.
+    activation checkpointing stay outside.
     """
-    if device.type != "cuda":
-        _say_once(f"{COMPILE_KEY}: no effect on a CPU, where compiling takes longer than it saves")
-        return
     for layer in lm.get_decoder().layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)
-
-
-@cache
-def _say_once(line: str) -> None:
-    print(line, flush=True)

@@ -26,11 +26,13 @@ class SFTWorker(Worker):
         config = self.config
         self.tokenizer = load_tokenizer(config.model.path, "model.path")
         self.engine = FSDPEngine(
-            ScoringModel(load_language_model(config.model.path)),
+            ScoringModel(load_language_model(config.model.path, config.model.use_remove_padding)),
             self.device,
             config.optim,
             config.trainer.total_training_steps,
-            EngineSettings(config.grad_clip, config.model.enable_gradient_checkpointing),
+            EngineSettings(
+                config.grad_clip, config.model.enable_gradient_checkpointing, packed=config.model.use_remove_padding
+            ),
         )
 
     @register(Dispatch.ROWS)

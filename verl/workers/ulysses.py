@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig
 
 from verl.protocol import DataProto
 from verl.workers.packing import Packing
@@ -22,9 +22,10 @@ from verl.workers.packing import Packing
 KEY = "actor_rollout_ref.actor.ulysses_sequence_parallel_size"
 
 
-def check_size(lm: PreTrainedModel, size: int, workers: int) -> None:
-    """ValueError unless groups of `size` can share the model's attention heads and divide the workers."""
-    heads = lm.config.get_text_config().num_attention_heads
+def check_size(config: PretrainedConfig, size: int, workers: int) -> None:
+    """ValueError unless groups of `size` can share the model's attention heads and divide the workers. `config`: the
+    model's."""
+    heads = config.get_text_config().num_attention_heads
     if size < 1 or heads % size or workers % size:
         sizes = ", ".join(str(n) for n in range(1, workers + 1) if heads % n == 0 and workers % n == 0)
         raise ValueError(

@@ -48,6 +48,10 @@ class DataConfig:
 class ModelConfig:
     path: str = key(MISSING, "Hugging Face folder (or hub name) of the model and its tokenizer.")
     enable_gradient_checkpointing: bool = key(True, "Recompute each layer in the backward pass to save memory.")
+    use_remove_padding: bool = key(
+        True, "Compute packed rows, a prompt once for all its responses; false: right-padded rows. Results are equal."
+    )
+    use_fused_kernels: bool = key(False, "Liger's kernels for normalisation, MLP and rotary embedding; needs a GPU.")
     lora_rank: int = key(0, "Train low-rank adapters of this rank on every linear layer; 0: all weights.")
     lora_alpha: int = key(16, "Adapters are scaled by this / `lora_rank`.")
 
@@ -93,6 +97,10 @@ class ActorConfig:
     )
     use_dynamic_bsz: bool = key(False, "Fill micro-batches to a token budget even if a fixed size is given.")
     ppo_max_token_len_per_gpu: int = key(16384, "Token budget of a micro-batch (prompt and response).")
+    ulysses_sequence_parallel_size: int = key(
+        1, "Workers that share a packed row and its attention heads; the budget above is then each worker's."
+    )
+    use_torch_compile: bool = key(False, "Compile the decoder layers; no effect on a CPU.")
     ppo_epochs: int = key(1, "Passes over the batch per step.")
     clip_ratio_low: float = key(0.2, "The ratio is clipped below at 1 - this.")
     clip_ratio_high: float = key(0.2, "The ratio is clipped above at 1 + this.")
@@ -339,6 +347,9 @@ class TrainerConfig:
     max_actor_ckpt_to_keep: int | None = key(None, "Complete checkpoints that are kept, the newest; null: all.")
     resume_mode: str = key("auto", "`auto`: go on from the newest complete checkpoint; `disable`: start anew.")
     plugins: list[str] = key([], "Python files imported by driver and workers, with estimators or losses of your own.")
+    profile_steps: list[int] = key(
+        [], "Steps that worker 0 traces with torch's profiler, to profile/ in the run's folder."
+    )
     log_val_generations: int = key(0, "Validation samples shown in the tracker.")
 
 

@@ -5,7 +5,14 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from verl.trainer.config.schema import ModelConfig, OptimConfig, key, section
+from verl.trainer.config.schema import OptimConfig, key, section
+
+
+@dataclass
+class SFTModelConfig:
+    path: str = key(MISSING, "Hugging Face folder (or hub name) of the model and its tokenizer.")
+    enable_gradient_checkpointing: bool = key(True, "Recompute each layer in the backward pass to save memory.")
+    use_remove_padding: bool = key(True, "Compute packed rows; false: right-padded rows. Results are equal.")
 
 
 @dataclass
@@ -32,7 +39,7 @@ class SFTTrainerConfig:
 
 @dataclass
 class SFTConfig:
-    model: ModelConfig = section(ModelConfig)
+    model: SFTModelConfig = section(SFTModelConfig)
     data: SFTDataConfig = section(SFTDataConfig)
     optim: OptimConfig = section(OptimConfig)
     grad_clip: float = key(1.0, "Largest global norm of the gradient.")

@@ -31,6 +31,7 @@ POSITIVE = (
     "actor_rollout_ref.actor.ppo_mini_batch_size",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu",
     "actor_rollout_ref.actor.ppo_max_token_len_per_gpu",
+    "actor_rollout_ref.actor.ulysses_sequence_parallel_size",
     "actor_rollout_ref.actor.ppo_epochs",
     "actor_rollout_ref.actor.grad_clip",
     "actor_rollout_ref.actor.optim.lr",
@@ -93,6 +94,10 @@ def validate(config: PPOConfig) -> None:
         check_loggers(config.trainer.logger)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    steps = config.trainer.total_training_steps
+    for step in config.trainer.profile_steps:
+        if step < 1 or (steps is not None and step > steps):
+            raise ConfigError(f"trainer.profile_steps={config.trainer.profile_steps}: there is no step {step}")
     _check_ranges(config)
     _check_sampling(config)
     _check_batches(config)
@@ -148,6 +153,12 @@ def _nearest(candidates: list[int], value: int) -> str:
 def _check_token_budgets(config: PPOConfig) -> None:
     longest = config.data.max_prompt_length + config.data.max_response_length
     model = config.actor_rollout_ref
+    workers = model.actor.ulysses_sequence_parallel_size  # that share a packed row
+    if workers > 1 and not model.model.use_remove_padding:
+        raise ConfigError(
+            f"actor_rollout_ref.actor.ulysses_sequence_parallel_size={workers} needs "
+            "actor_rollout_ref.model.use_remove_padding=True"
+        )
     for key, fixed, dynamic, budget in (
         (
             "actor.ppo_max_token_len_per_gpu",
@@ -168,9 +179,10 @@ def _check_token_budgets(config: PPOConfig) -> None:
             model.ref.log_prob_max_token_len_per_gpu,
         ),
     ):
-        if (dynamic or fixed is None) and budget < longest:
+        if (dynamic or fixed is None) and budget * workers < longest:
+            sharing = f" on each of {workers} workers (actor.ulysses_sequence_parallel_size)" if workers > 1 else ""
             raise ConfigError(
-                f"actor_rollout_ref.{key}={budget} is less than one sequence of {longest} tokens "
+                f"actor_rollout_ref.{key}={budget}{sharing} is less than one sequence of {longest} tokens "
                 "(data.max_prompt_length + data.max_response_length): raise it"
             )
 

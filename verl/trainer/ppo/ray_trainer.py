@@ -3,6 +3,9 @@
 The driver holds ids, tokens, rewards and advantages; models live in the workers.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
@@ -97,7 +100,8 @@ class RayPPOTrainer:
             self.step += 1
             timer = Timer()
             with timer("step"):
-                batch, metrics = self.train_step(timer)
+                with self._profiled():
+                    batch, metrics = self.train_step(timer)
                 last = self.step == self.total_steps
                 if last or (trainer.test_freq > 0 and self.step % trainer.test_freq == 0):
                     with timer("testing"):
@@ -272,6 +276,19 @@ class RayPPOTrainer:
     def _update_weights(self, check: bool) -> dict[str, float]:
         metrics = self.rollout.update_weights()
         return metrics | self.weight_check() if check and self.weight_check else metrics
+
+    @contextmanager
+    def _profiled(self) -> Iterator[None]:
+        """Worker 0 records the steps of `trainer.profile_steps`."""
+        trainer = self.config.trainer
+        if self.step not in trainer.profile_steps:
+            yield
+            return
+        path = Path(trainer.default_local_dir) / "profile" / f"step_{self.step}"
+        self.actor.start_profile()
+        yield
+        self.actor.stop_profile(str(path))
+        print(f"profile of step {self.step}: {path}.json.gz (trace) and {path}.txt (table)")
 
     # ---------------------------------------------------------------------------------------------- checkpoints
     def _resume(self) -> None:
