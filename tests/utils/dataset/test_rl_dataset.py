@@ -124,6 +124,20 @@ def test_bad_cells_are_named_by_file_row_and_column(tmp_path):
     assert "row 1, column 'prompt'" in refusal(path)
 
 
+def test_a_tokenizer_without_a_chat_template_is_refused_with_the_remedy(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template: take the instruction-tuned model, or put a Jinja"):
+        RLHFDataset(write(tmp_path / "a.parquet", [row()]), tokenizer, DataConfig())
+
+
+def test_a_message_that_the_chat_template_refuses_is_named(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(ValueError, match="a.parquet, row 0, column 'prompt': the chat template refuses it: no such"):
+        RLHFDataset(write(tmp_path / "a.parquet", [row()]), tokenizer, DataConfig())
+
+
 def test_overlong_prompt_is_refused_with_its_place_and_the_remedy(tmp_path):
     path = write(tmp_path / "a.parquet", [row("1+1="), row("123+456=")])
     message = refusal(path, max_prompt_length=8)
