@@ -70,6 +70,13 @@ def test_overlong_prompts_are_dropped_and_keep_their_ids(tmp_path, capsys):
     assert "dropped 1 of 3 prompts" in capsys.readouterr().out
 
 
+def test_images_are_said_to_be_left_out(tmp_path, capsys):
+    dataset(write(tmp_path / "a.jsonl", [{**row(), "images": ["a.png"]}]))
+    assert "the images of" in capsys.readouterr().out
+    dataset(write(tmp_path / "b.jsonl", [row()]))
+    assert "images" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("truncation", "kept"), [("left", "56=<|assistant|>"), ("right", "<|user|>123")])
 def test_truncation_cuts_the_named_end(tmp_path, truncation, kept):
     data = dataset(write(tmp_path / "a.parquet", [row("123+456=")]), max_prompt_length=4, truncation=truncation)

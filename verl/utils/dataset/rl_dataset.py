@@ -26,6 +26,9 @@ class RLHFDataset:
         self.tokenizer = tokenizer
         self.pad_token_id = pad_id(tokenizer)
         self.files = read_files(files, key, [config.prompt_key, "data_source", "reward_model"], self.prepare)
+        for file in self.files:
+            if "images" in file.rows.column_names:
+                print(f"{key}: the images of {file.path} are not read: the model sees the text alone")
         self._ids: list[np.ndarray] = []
         self._places: list[tuple[int, int]] = []  # (file, row) of each question that is kept
         dropped = sum(self._add(i, file, config) for i, file in enumerate(self.files))
