@@ -8,7 +8,10 @@ from verl.trainer.config.schema import CustomClassConfig, DataConfig
 from verl.utils.dataset.custom import dataset_class
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
-ROW = '{"data_source": "arithmetic", "prompt": "%s", "reward_model": {"style": "rule", "ground_truth": "2"}}\n'
+ROW = (
+    '{"data_source": "arithmetic", "prompt": [{"role": "user", "content": "%s"}],'
+    ' "reward_model": {"style": "rule", "ground_truth": "2"}}\n'
+)
 
 
 def load(tmp_path, source, name="Mine"):
