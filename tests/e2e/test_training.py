@@ -249,6 +249,7 @@ def test_dynamic_sampling_fills_the_batch_with_whole_bundles(files, tmp_path):
     )
     options = [f"custom_reward_function.path={tmp_path}/even.py", "algorithm.filter_groups.enable=True"]
     options += ["data.gen_batch_size=6", "+reward_model.reward_kwargs.overlong_buffer_cfg.enable=True"]
+    options += ["reward_model.reward_manager=dapo"]
     options += ["reward_model.reward_kwargs.overlong_buffer_cfg.len=4", "actor_rollout_ref.rollout.n=2"]
     steps = train(config(*files, tmp_path / "run", *options))
     assert any(step["filter_groups/num_gen_batches"] > 2 for step in steps[1:])

@@ -16,10 +16,10 @@ from verl.trainer.ppo.ray_trainer import (
     needs_reference,
     total_training_steps,
 )
-from verl.trainer.ppo.reward import RewardManager, check_reward, load_reward, start_scoring
+from verl.trainer.ppo.reward import check_reward, load_reward, make_reward_manager
 from verl.trainer.ppo.validation import Validator
+from verl.utils.dataset.custom import dataset_class
 from verl.utils.dataset.loader import StatefulLoader
-from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.device import resolve_device
 from verl.utils.plugins import load_plugins
 from verl.utils.report import print_report
@@ -44,14 +44,15 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     check_critic_model(config, tokenizer)
     if config.actor_rollout_ref.rollout.name == "vllm":
         check_vllm(config, cluster_device(config))
-    train = RLHFDataset(config.data.train_files, tokenizer, config.data, "data.train_files")
-    val = RLHFDataset(config.data.val_files, tokenizer, config.data, "data.val_files")
+    dataset = dataset_class(config.data.custom_cls)
+    train = dataset(config.data.train_files, tokenizer, config.data, "data.train_files")
+    val = dataset(config.data.val_files, tokenizer, config.data, "data.val_files")
     batch_size = config.data.gen_batch_size or config.data.train_batch_size
     batch_key = "gen_batch_size" if config.data.gen_batch_size else "train_batch_size"
-    loader = StatefulLoader(train, batch_size, config.data.seed, config.data.shuffle, batch_key)
+    weights = config.data.train_weights
+    loader = StatefulLoader(train, batch_size, config.data.seed, config.data.shuffle, batch_key, weights)
     reward_function = load_reward(config)
-    pool = start_scoring(reward_function, config.reward_model)
-    reward = RewardManager(reward_function, config.reward_model.reward_kwargs.overlong_buffer_cfg, pool)
+    reward = make_reward_manager(reward_function, config.reward_model)
     try:
         check_reward(reward_function, reward.evaluate, [train, val])
         check_resumable(config, loader)

@@ -8,7 +8,7 @@ import torch
 
 from data_processing.make_tiny_model import build_tokenizer
 from verl.protocol import DataProto
-from verl.trainer.config.schema import CustomRewardConfig, DataConfig, PPOConfig
+from verl.trainer.config.schema import CustomRewardConfig, DataConfig, PPOConfig, RewardModelConfig
 from verl.trainer.ppo.reward import RewardManager, at_last_token, check_reward, load_reward
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.workers.reward.pool import ScoringPool
@@ -28,10 +28,14 @@ def batch(sources, answers, lengths, width=6):
     return DataProto.from_dict({"response_mask": mask, **columns})
 
 
+def manager_of(config):
+    return RewardManager(load_reward(config), config.reward_model)
+
+
 def score(config, responses, answers=None, lengths=None):
     n = len(responses)
     data = batch(["arithmetic"] * n, answers or ["2"] * n, lengths or [3] * n)
-    return RewardManager(load_reward(config))(data, responses)
+    return manager_of(config)(data, responses)
 
 
 def failures(**counts):
@@ -116,7 +120,7 @@ def test_raising_and_non_finite_calls_score_zero_are_counted_and_logged_once(tmp
         "    if solution_str == 'inf': return {'score': math.inf}\n    if solution_str == 'text': return 'one'\n"
         "    if solution_str == 'none': return {'acc': 1}\n    return 1 / int(solution_str)\n"
     )
-    manager = RewardManager(load_reward(custom(tmp_path, body)))
+    manager = manager_of(custom(tmp_path, body))
     responses = ["2", "0", "0", "nan", "inf", "text", "none"]
     with caplog.at_level(logging.WARNING):
         scores, extras, metrics = manager(batch(["x"] * 7, ["2"] * 7, [3] * 7), responses)
@@ -137,7 +141,7 @@ def test_endlessly_different_messages_are_not_all_logged(tmp_path, caplog):
 
 def test_reward_function_travels_to_another_process_by_name(tmp_path):
     reward = pickle.loads(pickle.dumps(load_reward(custom(tmp_path, "return 0.25"))))
-    assert RewardManager(reward)(batch(["x"], ["2"], [1]), ["?"])[0].sum() == 0.25
+    assert RewardManager(reward, RewardModelConfig())(batch(["x"], ["2"], [1]), ["?"])[0].sum() == 0.25
 
 
 def test_dry_run_passes_a_function_that_scores(tmp_path):
@@ -182,7 +186,9 @@ def test_functions_that_cannot_be_loaded_are_refused_by_key(tmp_path):
     assert "importing" in refusal(custom(tmp_path / "b", "def compute_score(:"))
     (tmp_path / "c").mkdir()
     narrow = custom(tmp_path / "c", "def compute_score(solution_str, ground_truth): return 1")
-    assert "does not take its arguments" in refusal(narrow)
+    message = refusal(narrow)
+    assert "does not take the arguments of reward_model.reward_manager=naive" in message
+    assert "its form is compute_score(data_source, solution_str, ground_truth, extra_info, **kwargs)" in message
     keywords = CustomRewardConfig(reward_kwargs={"a": 1})
     assert "need custom_reward_function.path" in refusal(PPOConfig(custom_reward_function=keywords))
 
@@ -203,6 +209,6 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     responses = ["good", "hang", "die", "raise", "hang", "good"]
     data = batch(["any"] * 6, ["2"] * 6, [3] * 6)
     with ScoringPool(reward, num_workers=2, timeout_s=1.0) as pool:
-        scores, _, metrics = RewardManager(reward, pool=pool)(data, responses)
+        scores, _, metrics = RewardManager(reward, RewardModelConfig(), pool)(data, responses)
     assert scores.sum(1).tolist() == [1, 0, 0, 0, 0, 1]
     assert metrics == failures(exceptions=1.0, timeouts=2.0, crashes=1.0)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from verl.protocol import DataProto, object_array
+from verl.trainer.config.schema import RewardModelConfig
 from verl.trainer.ppo.reward import RewardFunction, RewardManager
 from verl.trainer.ppo.score_stream import ScoreStream
 from verl.workers.rollout.base import GenerationOutput
@@ -37,7 +38,7 @@ class Function(RewardFunction):
 
 
 def manager(function: Callable[[Any], Any]) -> RewardManager:
-    return RewardManager(Function(None, "function", {"function": function}))
+    return RewardManager(Function(None, "function", {"function": function}), RewardModelConfig())
 
 
 def questions(n: int) -> DataProto:

@@ -70,6 +70,13 @@ def test_overlong_prompts_are_dropped_and_keep_their_ids(tmp_path, capsys):
     assert "dropped 1 of 3 prompts" in capsys.readouterr().out
 
 
+def test_images_are_said_to_be_left_out(tmp_path, capsys):
+    dataset(write(tmp_path / "a.jsonl", [{**row(), "images": ["a.png"]}]))
+    assert "the images of" in capsys.readouterr().out
+    dataset(write(tmp_path / "b.jsonl", [row()]))
+    assert "images" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(("truncation", "kept"), [("left", "56=<|assistant|>"), ("right", "<|user|>123")])
 def test_truncation_cuts_the_named_end(tmp_path, truncation, kept):
     data = dataset(write(tmp_path / "a.parquet", [row("123+456=")]), max_prompt_length=4, truncation=truncation)
@@ -122,6 +129,20 @@ def test_bad_cells_are_named_by_file_row_and_column(tmp_path):
         assert f"{column}.jsonl, row 1, column '{column}'" in refusal(path)
     path = write(tmp_path / "nothing.parquet", [good, {**good, "prompt": []}])
     assert "row 1, column 'prompt'" in refusal(path)
+
+
+def test_a_tokenizer_without_a_chat_template_is_refused_with_the_remedy(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template: take the instruction-tuned model, or put a Jinja"):
+        RLHFDataset(write(tmp_path / "a.parquet", [row()]), tokenizer, DataConfig())
+
+
+def test_a_message_that_the_chat_template_refuses_is_named(tmp_path):
+    tokenizer = build_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+    with pytest.raises(ValueError, match="a.parquet, row 0, column 'prompt': the chat template refuses it: no such"):
+        RLHFDataset(write(tmp_path / "a.parquet", [row()]), tokenizer, DataConfig())
 
 
 def test_overlong_prompt_is_refused_with_its_place_and_the_remedy(tmp_path):

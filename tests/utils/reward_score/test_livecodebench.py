@@ -4,9 +4,13 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from verl.protocol import DataProto
+from verl.trainer.config.schema import PPOConfig, RewardModelConfig
+from verl.trainer.ppo.reward import load_reward, make_reward_manager
 from verl.utils.reward_score import compute_score as compute_any_score
-from verl.utils.reward_score.livecodebench import compute_score, last_block, same_text
+from verl.utils.reward_score.livecodebench import TIME_IS_UP, compute_score, last_block, same_text
 from verl.utils.sandbox.run import SandboxUnavailable, check_confinement
 from verl.workers.reward.function import RewardFunction, RewardRequest
 from verl.workers.reward.outcomes import ScoringTimeout
@@ -83,7 +87,8 @@ def test_comparison_of_printed_output(output, expected, same):
 
 def test_a_right_program():
     result = score("a, b = map(int, input().split())\nprint(a + b)")
-    assert result == {"score": 1.0, "acc": 1.0, "pred": None, "pass_rate": 1.0, "verdict": "passed"}
+    found = {"pass_rate": 1.0, "verdict": "passed", "timed_out": 0.0}
+    assert result == {"score": 1.0, "acc": 1.0, "pred": None} | found
 
 
 def test_the_ground_truth_may_be_text_and_the_scorer_is_known_by_name():
@@ -101,20 +106,21 @@ def test_a_program_that_fails_in_the_middle():
 
 
 @pytest.mark.parametrize(
-    ("code", "verdict"),
+    ("code", "verdict", "timed_out"),
     [
-        ("print(1 / 0)", "exit status 1"),
-        ("while True: pass", "limit of "),  # of CPU time; of wall time if the machine is busy
-        ("kept = bytearray(1 << 30)", "exit status 1"),
+        ("print(1 / 0)", "exit status 1", 0.0),
+        ("while True: pass", "limit of ", 1.0),  # of CPU time; of wall time if the machine is busy
+        ("kept = bytearray(1 << 30)", "exit status 1", 0.0),
     ],
 )
-def test_the_verdict_says_what_failed(code, verdict):
-    assert score(code, timeout_s=1, memory_mb=500)["verdict"].startswith(verdict)
+def test_the_verdict_says_what_failed(code, verdict, timed_out):
+    result = score(code, timeout_s=1, memory_mb=500)
+    assert result["verdict"].startswith(verdict) and result["timed_out"] == timed_out
 
 
 def test_no_code():
     assert compute_score("livecodebench", "It is 3.", SUMS) == {
-        "score": 0.0, "acc": 0.0, "pred": None, "pass_rate": 0.0, "verdict": "no code",
+        "score": 0.0, "acc": 0.0, "pred": None, "pass_rate": 0.0, "verdict": "no code", "timed_out": 0.0,
     }  # fmt: skip
 
 
@@ -240,6 +246,36 @@ print(next(iter(re.findall('27182[0-9]{5}', ' '.join(seen))), 'nothing'))
 """
     expected = str(2_718_200_000 + os.getpid())
     assert score(code, {"inputs": ["1"], "outputs": [expected], "fn_name": None})["verdict"] == "wrong answer"
+
+
+MANY = {"inputs": ["1"] * 200, "outputs": ["1"] * 200, "fn_name": None}
+
+
+def test_all_tests_together_have_a_limit_of_time():
+    """It cuts a test short, whatever that alone may take; none is begun afterwards."""
+    begin = time.monotonic()
+    result = score("import time\ntime.sleep(1000)", MANY, total_s=0.5, stop_at_failure=False)
+    assert result["verdict"] == "limit of wall time" and result["timed_out"] == 1.0
+    assert time.monotonic() - begin < 10  # a test alone may take 12 s
+    result = score("print(input())", MANY, total_s=1.0)  # 200 starts of an interpreter take longer
+    assert result["score"] == 0.0 and 0 < result["pass_rate"] < 1 and result["timed_out"] == 1.0
+    assert result["verdict"] in (TIME_IS_UP, "limit of wall time")
+
+
+@pytest.mark.slow  # uses up a time-out of the pool, with some room for a busy machine
+@pytest.mark.parametrize("code", ["import time\ntime.sleep(1000)", "import time\ntime.sleep(0.4)\nprint(input())"])
+def test_in_the_pool_a_program_that_runs_out_of_time_is_wrong_and_not_a_time_out(code):
+    config = PPOConfig(reward_model=RewardModelConfig(num_workers=1, timeout_s=5.0))
+    columns = {"data_source": ["livecodebench"], "ground_truth": [json.dumps(MANY)], "extra_info": [{}]}
+    batch = DataProto.from_dict({"response_mask": torch.ones(1, 2, dtype=torch.bool), **columns})
+    manager = make_reward_manager(load_reward(config), config.reward_model)
+    try:
+        scores, extras, metrics = manager(batch, [program(code)])
+    finally:
+        manager.close()
+    assert scores.sum() == 0.0 and extras["acc"].tolist() == [0.0]
+    assert metrics["reward/timeouts"] == metrics["reward/exceptions"] == 0.0
+    assert metrics["reward_extra/timed_out/mean"] == 1.0
 
 
 def test_a_solution_ends_with_the_scorer_that_is_killed(tmp_path):

@@ -27,9 +27,18 @@ def section(cls: type) -> Any:
 
 # ---------------------------------------------------------------------------------------------------------- data
 @dataclass
+class CustomClassConfig:
+    path: str | None = key(None, "Python file with a data set class of your own, derived from `RLHFDataset`.")
+    name: str | None = key(None, "Its name in that file.")
+
+
+@dataclass
 class DataConfig:
     train_files: Any = key(MISSING, "Training rows: one parquet or JSONL file, or a list of them.")
     val_files: Any = key(MISSING, "Validation rows: one parquet or JSONL file, or a list of them.")
+    train_weights: list[float] | None = key(
+        None, "Share of each training file in every epoch and batch; null: every row once per epoch."
+    )
     train_batch_size: int = key(1024, "Questions per training step.")
     gen_batch_size: int | None = key(
         None, "Questions sampled at a time under `algorithm.filter_groups`; null: `train_batch_size`."
@@ -41,6 +50,7 @@ class DataConfig:
     prompt_key: str = key("prompt", "Column that holds the chat messages.")
     shuffle: bool = key(True, "Draw the training questions in a new order each epoch.")
     seed: int = key(II("trainer.seed"), "Seed of the order of questions; follows `trainer.seed`.")
+    custom_cls: CustomClassConfig = section(CustomClassConfig)
 
 
 # --------------------------------------------------------------------------------------------- actor, rollout, ref
@@ -318,6 +328,10 @@ class RewardKwargsConfig:
 
 @dataclass
 class RewardModelConfig:
+    reward_manager: str = key(
+        "naive",
+        "How responses are scored: `naive` (one per call), `dapo` (and the overlong penalty), `batch` (lists of them).",
+    )
     num_workers: int = key(4, "Processes that score; 0: the driver itself, for a debugger (no time-out then).")
     timeout_s: float = key(30.0, "A call that takes longer is killed with its process; it scores 0 and is counted.")
     reward_kwargs: RewardKwargsConfig = section(RewardKwargsConfig)

@@ -8,7 +8,9 @@ from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.core_algos import get_adv_estimator, get_policy_loss
 from verl.trainer.ppo.kl import KL_KINDS, get_kl_controller
 from verl.trainer.ppo.policy_losses import LOSS_AGG_MODES
+from verl.trainer.ppo.reward import get_reward_manager
 from verl.trainer.ppo.rollout_correction import check_rollout_correction
+from verl.utils.dataset.mixture import check_weights
 from verl.utils.tracking import check_loggers
 
 CHOICES = {
@@ -90,8 +92,11 @@ def validate(config: PPOConfig) -> None:
         value = value_of(config, key)
         if value is not None and not value > 0:
             raise ConfigError(f"{key}={value} must be greater than 0")
+    files, weights = config.data.train_files, config.data.train_weights
     try:
         check_loggers(config.trainer.logger)
+        if weights is not None:
+            check_weights(weights, 1 if isinstance(files, str) else len(files))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     steps = config.trainer.total_training_steps
@@ -103,6 +108,7 @@ def validate(config: PPOConfig) -> None:
     _check_batches(config)
     _check_token_budgets(config)
     _check_filters(config)
+    _check_reward(config)
     _check_algorithm(config)
 
 
@@ -194,7 +200,20 @@ def _check_filters(config: PPOConfig) -> None:
             f"data.gen_batch_size={gen_batch_size} has a meaning under algorithm.filter_groups.enable=True alone: "
             "set that, or leave it out"
         )
+
+
+def _check_reward(config: PPOConfig) -> None:
+    name = config.reward_model.reward_manager
+    try:
+        manager = get_reward_manager(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     overlong, longest = config.reward_model.reward_kwargs.overlong_buffer_cfg, config.data.max_response_length
+    if overlong.enable and not manager.shapes_overlong:
+        raise ConfigError(
+            f"reward_model.reward_kwargs.overlong_buffer_cfg.enable=True has no effect under reward_model."
+            f"reward_manager={name}: set reward_model.reward_manager=dapo, or leave it out"
+        )
     if overlong.enable and not 0 < overlong.len <= longest:
         raise ConfigError(
             f"reward_model.reward_kwargs.overlong_buffer_cfg.len={overlong.len} must be in "

@@ -1,6 +1,7 @@
-"""The registries of advantage estimators and policy losses, and what an estimator is.
+"""The registries of advantage estimators, policy losses and reward managers, and what an estimator is.
 
-`verl.trainer.ppo.core_algos` imports everything that is registered; look names up through it.
+`verl.trainer.ppo.core_algos` imports every estimator and loss that is registered, `verl.trainer.ppo.reward` every
+reward manager; look names up through them.
 """
 
 import difflib
@@ -158,6 +159,7 @@ def _trial_batch(rollout_n: int) -> DataProto:
 ADV_ESTIMATORS: dict[str, type[AdvantageEstimator]] = {}
 POLICY_LOSSES: dict[str, Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]] = {}
 TOKEN_SELECTIONS: dict[str, Callable[..., torch.Tensor]] = {}
+REWARD_MANAGERS: dict[str, Any] = {}
 
 
 def register_adv_est(
@@ -249,6 +251,22 @@ def get_policy_loss(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, to
 def get_token_selection(name: str) -> Callable[..., torch.Tensor] | None:
     """The mini-batch token selection of the policy loss `name`, None for the losses that need none."""
     return TOKEN_SELECTIONS.get(name)
+
+
+def register_reward_manager(name: str) -> Callable[[Any], Any]:
+    """Register a subclass of `verl.trainer.ppo.reward.RewardManager` under `name`."""
+
+    def register(cls: Any) -> Any:
+        if name in REWARD_MANAGERS:
+            raise ValueError(f"reward manager {name!r} is registered already; choose another name")
+        REWARD_MANAGERS[name] = cls
+        return cls
+
+    return register
+
+
+def get_reward_manager(name: str) -> Any:
+    return _lookup(REWARD_MANAGERS, name, "reward_model.reward_manager")
 
 
 def _lookup(registry: dict[str, Any], name: str, key: str) -> Any:

@@ -1,4 +1,4 @@
-"""From responses to scores: which function scores, the dry run before training, and a batch of scores."""
+"""From responses to scores: which function scores, the dry run before training, and the managers of a batch."""
 
 import inspect
 import logging
@@ -12,16 +12,17 @@ import torch
 
 from verl.protocol import DataProto, object_array
 from verl.trainer.config.schema import OverlongBufferConfig, PPOConfig, RewardModelConfig
+from verl.trainer.ppo.registry import get_reward_manager, register_reward_manager
 from verl.utils import reward_score
 from verl.utils.dataset.rl_dataset import RLHFDataset
-from verl.workers.reward.function import RewardFunction, RewardRequest, describe
+from verl.workers.reward.function import Call, RewardBatch, RewardFunction, RewardRequest, describe
 from verl.workers.reward.outcomes import ScorerDied, ScoringTimeout
 from verl.workers.reward.pool import ScoringPool
 
 logger = logging.getLogger(__name__)
 Evaluate = Callable[[Sequence[RewardRequest]], list[Any]]
 
-SIGNATURE = "compute_score(data_source, solution_str, ground_truth, extra_info=None, **kwargs)"
+CODE_TIME = 0.8  # of reward_model.timeout_s: what all tests of a program may take; the rest is for the sandbox
 FAILURES = ("exceptions", "timeouts", "crashes", "non_finite")
 MAX_MESSAGES = 50  # distinct messages logged per run
 
@@ -29,19 +30,31 @@ MAX_MESSAGES = 50  # distinct messages logged per run
 def load_reward(config: PPOConfig) -> RewardFunction:
     """The reward function of a configuration: `custom_reward_function` if it has a path, else by data_source.
 
-    Raises a one-line ValueError if the file or the function does not exist or does not take the arguments.
+    Raises a one-line ValueError if the file or the function does not exist or does not take the reward manager's
+    arguments.
     """
-    custom = config.custom_reward_function
+    custom, model = config.custom_reward_function, config.reward_model
+    manager = get_reward_manager(model.reward_manager)
     if custom.path is None:
         if custom.reward_kwargs or custom.name != "compute_score":
             raise ValueError("custom_reward_function.name and .reward_kwargs need custom_reward_function.path")
-        return RewardFunction(None, "compute_score")
+        if manager.takes_lists:
+            raise ValueError(
+                f"reward_model.reward_manager={model.reward_manager} calls a function that takes lists: give one in "
+                "custom_reward_function.path, or set reward_model.reward_manager=naive"
+            )
+        return RewardFunction(None, "compute_score", {"code_time_s": CODE_TIME * model.timeout_s})
     reward = RewardFunction(str(Path(custom.path).resolve()), custom.name, dict(custom.reward_kwargs))
-    arguments = {"data_source": "", "solution_str": "", "ground_truth": "", "extra_info": {}} | reward.kwargs
+    request = RewardRequest("", "", "", {})
+    arguments = (RewardBatch([request]) if manager.takes_lists else request).arguments()
     try:
-        inspect.signature(reward.function).bind(**arguments)
+        inspect.signature(reward.function).bind(**arguments, **reward.kwargs)
     except TypeError as error:
-        raise ValueError(f"{reward} does not take its arguments ({error}); its form is {SIGNATURE}") from error
+        form = f"{custom.name}({', '.join(arguments)}, **kwargs)"
+        raise ValueError(
+            f"{reward} does not take the arguments of reward_model.reward_manager={model.reward_manager} ({error}); "
+            f"its form is {form}"
+        ) from error
     return reward
 
 
@@ -63,12 +76,13 @@ def check_reward(reward: RewardFunction, evaluate: Evaluate, datasets: Sequence[
                     reward_score.check_data_source(request.data_source)
                 except ValueError as error:
                     raise ValueError(f"{dataset.place(index)}: {error}") from error
-            outcome = read_result(evaluate([request])[0])
-            if outcome.failure:
-                raise ValueError(
-                    f"{reward} fails on {dataset.place(index)} (data_source {request.data_source!r}, with its ground "
-                    f"truth as the response): {outcome.message}"
-                )
+            # Twice, since a function of lists may return one result for them all.
+            for outcome in map(read_result, evaluate([request, request])):
+                if outcome.failure:
+                    raise ValueError(
+                        f"{reward} fails on {dataset.place(index)} (data_source {request.data_source!r}, with its "
+                        f"ground truth as the response): {outcome.message}"
+                    )
 
 
 @dataclass(frozen=True)
@@ -108,22 +122,23 @@ def as_number(value: Any) -> float | None:
     return float(value) if isinstance(value, bool | int | float | np.number | np.bool_) else None
 
 
-def start_scoring(reward: RewardFunction, config: RewardModelConfig) -> ScoringPool | None:
-    """The processes that score, None where this one does (`num_workers=0`, for a debugger)."""
-    return ScoringPool(reward, config.num_workers, config.timeout_s) if config.num_workers else None
-
-
+@register_reward_manager("naive")
 class RewardManager:
-    """Scores batches, in the processes of `pool` or (None) in this one; a call that fails scores 0, is counted by what
-    happened to it, and is logged once per message."""
+    """Scores batches, one response per call, in the processes of `pool` or (None) in this one; a call that fails scores
+    0, is counted by what happened to it, and is logged once per message.
 
-    def __init__(
-        self, reward: RewardFunction, overlong: OverlongBufferConfig | None = None, pool: ScoringPool | None = None
-    ):
+    A manager of one's own overrides `evaluate` (how the function is called) or `shape` (what its scores are turned
+    into), and says what it does: `takes_lists`, the function takes lists; `shapes_overlong`, it applies
+    `reward_model.reward_kwargs.overlong_buffer_cfg`, which is refused otherwise.
+    """
+
+    takes_lists = False
+    shapes_overlong = False
+
+    def __init__(self, reward: RewardFunction, config: RewardModelConfig, pool: ScoringPool | None = None):
         self.reward = reward
-        self.overlong = overlong
+        self.config = config
         self.pool = pool
-        self.evaluate: Evaluate = reward.evaluate if pool is None else pool.evaluate
         self._logged: set[str] = set()
 
     def __call__(
@@ -133,12 +148,12 @@ class RewardManager:
         `response_mask` (N, T).
 
         Returns
-         - token-level scores (N, T) float32: the score, less the overlong penalty, at the last response token;
+         - token-level scores (N, T) float32: the score, as `shape` leaves it, at the last response token;
          - extras, each (N,): `score` and `acc` (the function's, or else the score; float64), `pred` (the answer read,
            None if there is none to read; the response itself for a function that reads none), and the function's other
            fields as `reward_extra/{name}` (None where a row has none);
-         - metrics: `reward/exceptions`, `reward/timeouts`, `reward/crashes` and `reward/non_finite` (calls),
-           `reward_extra/{name}/mean` of numeric fields.
+         - metrics: `reward/exceptions`, `reward/timeouts`, `reward/crashes` and `reward/non_finite` (responses),
+           `reward_extra/{name}/mean` of numeric fields, and those of `shape`.
         """
         outcomes = self.outcomes(self.requests(batch, responses))
         return self.assemble(batch["response_mask"], responses, outcomes)
@@ -152,6 +167,19 @@ class RewardManager:
         """What is asked of the reward function for each row."""
         columns = (batch["data_source"], responses, batch["ground_truth"], batch["extra_info"])
         return [RewardRequest(*row) for row in zip(*columns, strict=True)]
+
+    def evaluate(self, requests: Sequence[RewardRequest]) -> list[Any]:
+        """Per request, in order, what `ScoringPool.evaluate` gives for it."""
+        return self.call(requests)
+
+    def call(self, calls: Sequence[Call]) -> list[Any]:
+        """Call the function, for each of `calls` once."""
+        return self.reward.evaluate(calls) if self.pool is None else self.pool.evaluate(calls)
+
+    def shape(self, scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        """What is trained on, (N,) float32, made of the function's scores (N,); mask: (N, T) of response tokens. And
+        metrics of it."""
+        return scores, {}
 
     def outcomes(self, requests: list[RewardRequest]) -> list[Outcome]:
         """Call the reward function."""
@@ -168,11 +196,8 @@ class RewardManager:
                 self._log(outcome.message)
         scores = torch.tensor([outcome.score for outcome in outcomes], dtype=torch.float32)
         extras, extra_metrics = _extras(outcomes, responses)
-        if self.overlong is not None and self.overlong.enable:
-            penalty = overlong_penalty(mask.sum(1), mask.shape[1], self.overlong)
-            metrics |= {"reward/overlong_penalty": float(penalty.mean()), "reward/overlong": float((penalty < 0).sum())}
-            scores = scores + penalty
-        return at_last_token(scores, mask), extras, metrics | extra_metrics
+        scores, shape_metrics = self.shape(scores, mask)
+        return at_last_token(scores, mask), extras, metrics | extra_metrics | shape_metrics
 
     def _log(self, message: str) -> None:
         if message in self._logged or len(self._logged) > MAX_MESSAGES:
@@ -182,6 +207,55 @@ class RewardManager:
             logger.warning("%s: further messages are not logged; reward/exceptions still counts them", self.reward)
         else:
             logger.warning("%s failed, the response scores 0: %s", self.reward, message)
+
+
+@register_reward_manager("dapo")
+class DapoRewardManager(RewardManager):
+    """Adds the overlong penalty, if that is enabled, to the score."""
+
+    shapes_overlong = True
+
+    def shape(self, scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        overlong = self.config.reward_kwargs.overlong_buffer_cfg
+        if not overlong.enable:
+            return scores, {}
+        penalty = overlong_penalty(mask.sum(1), mask.shape[1], overlong)
+        metrics = {"reward/overlong_penalty": float(penalty.mean()), "reward/overlong": float((penalty < 0).sum())}
+        return scores + penalty, metrics
+
+
+@register_reward_manager("batch")
+class BatchRewardManager(RewardManager):
+    """Calls the function with lists of up to `batch_size` responses; a call that fails fails for all of them."""
+
+    takes_lists = True
+    batch_size = 64
+
+    def evaluate(self, requests: Sequence[RewardRequest]) -> list[Any]:
+        batches = [
+            RewardBatch(requests[start : start + self.batch_size]) for start in range(0, len(requests), self.batch_size)
+        ]
+        results = zip(batches, self.call(batches), strict=True)
+        return [one for batch, result in results for one in _each(result, len(batch.requests))]
+
+
+def make_reward_manager(reward: RewardFunction, config: RewardModelConfig) -> RewardManager:
+    """The manager of `config`, with processes that score, or none (`num_workers=0`, for a debugger)."""
+    pool = ScoringPool(reward, config.num_workers, config.timeout_s) if config.num_workers else None
+    return get_reward_manager(config.reward_manager)(reward, config, pool)
+
+
+def _each(result: Any, count: int) -> list[Any]:
+    """The results of `count` responses out of what a function of lists returned, or its failure for each of them."""
+    if isinstance(result, Exception):
+        return [result] * count
+    if isinstance(result, np.ndarray | torch.Tensor):
+        result = result.tolist()
+    if not isinstance(result, list | tuple):
+        return [ValueError(f"it returned {result!r:.80} for {count} responses, not a list")] * count
+    if len(result) != count:
+        return [ValueError(f"it returned {len(result)} results for {count} responses")] * count
+    return list(result)
 
 
 def overlong_penalty(lengths: torch.Tensor, max_length: int, config: OverlongBufferConfig) -> torch.Tensor:

@@ -1,23 +1,31 @@
 """The order in which questions are trained on: seeded, and resumable at any step."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from verl.protocol import DataProto
+from verl.utils.dataset.mixture import Mixture
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 
 class StatefulLoader:
     """An endless iterator over batches of `batch_size` questions. The order of an epoch depends on (seed, epoch) alone;
-    what is left of an epoch that is smaller than a batch is not used.
+    what is left of an epoch that is smaller than a batch is not used. With `weights`, one per file, an epoch is as many
+    batches drawn from a `Mixture`.
 
     `epoch` and `position` (questions taken from that epoch) describe the next batch. `len()` is the steps of an epoch.
     """
 
     def __init__(
-        self, dataset: RLHFDataset, batch_size: int, seed: int, shuffle: bool = True, key: str = "train_batch_size"
+        self,
+        dataset: RLHFDataset,
+        batch_size: int,
+        seed: int,
+        shuffle: bool = True,
+        key: str = "train_batch_size",
+        weights: Sequence[float] | None = None,
     ):
         if batch_size < 1 or batch_size > len(dataset):
             raise ValueError(
@@ -30,6 +38,10 @@ class StatefulLoader:
         self.batch_size = batch_size
         self.seed = seed
         self.shuffle = shuffle
+        self.mixture: Mixture | None = None
+        if weights is not None:
+            draws = len(self) * batch_size
+            self.mixture = Mixture(dataset.questions_of_files(), weights, draws, seed, shuffle)
         self.epoch = 0
         self.position = 0
         self._order = self._order_of(0)
@@ -41,7 +53,7 @@ class StatefulLoader:
         return self
 
     def __next__(self) -> DataProto:
-        if self.position + self.batch_size > len(self.dataset):
+        if self.position + self.batch_size > len(self._order):
             self._move_to(self.epoch + 1, 0)
         indices = self._order[self.position : self.position + self.batch_size]
         self.position += self.batch_size
@@ -54,6 +66,7 @@ class StatefulLoader:
             "questions": len(self.dataset),
             "seed": self.seed,
             "shuffle": self.shuffle,
+            "draws": None if self.mixture is None else self.mixture.counts.tolist(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -63,11 +76,12 @@ class StatefulLoader:
             "questions": "the number of questions in data.train_files",
             "seed": "data.seed",
             "shuffle": "data.shuffle",
+            "draws": "the draws per epoch from each of data.train_files (data.train_weights, data.train_batch_size)",
         }
         for field, name in names.items():
-            if state[field] != own[field]:
+            if state.get(field) != own[field]:
                 raise ValueError(
-                    f"{name} is {own[field]}, in the checkpoint it is {state[field]}: restore it, "
+                    f"{name} is {own[field]}, in the checkpoint it is {state.get(field)}: restore it, "
                     "or start anew with trainer.resume_mode=disable"
                 )
         self._move_to(state["epoch"], state["position"])
@@ -77,6 +91,8 @@ class StatefulLoader:
         self._order = self._order_of(epoch)
 
     def _order_of(self, epoch: int) -> np.ndarray:
+        if self.mixture is not None:
+            return self.mixture.order(epoch)
         n = len(self.dataset)
         return np.random.default_rng([self.seed, epoch]).permutation(n) if self.shuffle else np.arange(n)
 

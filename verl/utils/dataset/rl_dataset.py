@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from verl.protocol import DataProto, object_array
 from verl.trainer.config.schema import DataConfig
@@ -17,13 +18,17 @@ class RLHFDataset:
     `reward_model.ground_truth`, and optionally `extra_info` (its `level` groups validation metrics).
 
     `key` is the configuration key that the files came from; errors name it, or the file, row and column at fault.
+    A class of one's own (`data.custom_cls`) overrides `prepare`, for the rows, or `__getitem__`, for a batch's columns.
     """
 
     def __init__(self, files: str | Sequence[str], tokenizer: Any, config: DataConfig, key: str = "data.train_files"):
         check_truncation(config.truncation)
         self.tokenizer = tokenizer
         self.pad_token_id = pad_id(tokenizer)
-        self.files = read_files(files, key, [config.prompt_key, "data_source", "reward_model"])
+        self.files = read_files(files, key, [config.prompt_key, "data_source", "reward_model"], self.prepare)
+        for file in self.files:
+            if "images" in file.rows.column_names:
+                print(f"{key}: the images of {file.path} are not read: the model sees the text alone")
         self._ids: list[np.ndarray] = []
         self._places: list[tuple[int, int]] = []  # (file, row) of each question that is kept
         dropped = sum(self._add(i, file, config) for i, file in enumerate(self.files))
@@ -34,6 +39,11 @@ class RLHFDataset:
             raise ValueError(
                 f"{key}: all {dropped} prompts are longer than data.max_prompt_length ({config.max_prompt_length})"
             )
+
+    def prepare(self, rows: Dataset) -> Dataset:
+        """The rows of each file, before anything is checked or tokenised: a place to rewrite, add or drop some. Row
+        numbers in messages count what it returns."""
+        return rows
 
     def _add(self, file_index: int, file: RowFile, config: DataConfig) -> int:
         """Check and tokenise one file; returns how many prompts were dropped for their length."""
@@ -80,6 +90,11 @@ class RLHFDataset:
             first.setdefault(sources[file_index][row], index)
         return list(first.values())
 
+    def questions_of_files(self) -> list[np.ndarray]:
+        """Indices of the questions of each file, (Q_f,) int64."""
+        file_of = np.array([file_index for file_index, _ in self._places])
+        return [np.flatnonzero(file_of == file_index) for file_index in range(len(self.files))]
+
     def collate(self, rows: Sequence[dict[str, Any]]) -> DataProto:
         """A batch of Q questions: tensors `prompts` (Q, P) int64, left-padded to the longest of the batch, and
         `prompt_length` (Q,) int64; everything else of a row as an array (Q,) of its name."""
@@ -88,7 +103,9 @@ class RLHFDataset:
             "prompts": pad_left(ids, self.pad_token_id),
             "prompt_length": torch.tensor([len(i) for i in ids], dtype=torch.int64),
         }
-        for name in ("data_source", "ground_truth", "extra_info", "question_id", "prompt_text", "level"):
+        for name in rows[0]:
+            if name == "prompt_ids":
+                continue
             columns[name] = object_array([row[name] for row in rows])
         return DataProto.from_dict(columns)
 

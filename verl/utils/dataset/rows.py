@@ -1,13 +1,20 @@
 """Rows of parquet and JSONL files, with errors that name file, row and column. Rows count from 0."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset
+
+Prepare = Callable[[Dataset], Dataset]
+
+
+def as_read(rows: Dataset) -> Dataset:
+    """The preparation that changes nothing."""
+    return rows
 
 
 @dataclass(frozen=True)
@@ -18,8 +25,9 @@ class RowFile:
     rows: Dataset
 
     @classmethod
-    def read(cls, path: str | Path, key: str, required: Sequence[str]) -> "RowFile":
-        """The rows of `path`, which must have the `required` columns; `key` is the configuration key it came from."""
+    def read(cls, path: str | Path, key: str, required: Sequence[str], prepare: Prepare = as_read) -> "RowFile":
+        """The rows of `path` as `prepare` leaves them, which must have the `required` columns; `key` is the
+        configuration key it came from."""
         path = Path(path)
         if not path.is_file():
             raise ValueError(f"{key}: there is no file {path}; give a parquet or JSONL file")
@@ -29,6 +37,9 @@ class RowFile:
             rows = _read_jsonl(path, key)
         else:
             raise ValueError(f"{key}: {path} ends in {path.suffix!r}; give a .parquet or .jsonl file")
+        rows = prepare(rows)
+        if not isinstance(rows, Dataset):
+            raise ValueError(f"{key}: prepare made {_brief(rows)} of {path}; it returns a datasets.Dataset")
         if len(rows) == 0:
             raise ValueError(f"{key}: {path} has no rows")
         for column in required:
@@ -40,12 +51,14 @@ class RowFile:
         return ValueError(f"{self.path}, row {row}, column {column!r}: {problem}")
 
 
-def read_files(files: str | Sequence[str], key: str, required: Sequence[str]) -> list[RowFile]:
+def read_files(
+    files: str | Sequence[str], key: str, required: Sequence[str], prepare: Prepare = as_read
+) -> list[RowFile]:
     """The files named by a configuration key, which holds one path or a list of paths."""
     paths = [files] if isinstance(files, str | Path) else list(files)
     if not paths:
         raise ValueError(f"{key} is empty: give a parquet or JSONL file, or a list of them")
-    return [RowFile.read(path, key, required) for path in paths]
+    return [RowFile.read(path, key, required, prepare) for path in paths]
 
 
 def as_messages(value: Any, file: RowFile, row: int, column: str) -> list[dict[str, str]]:

@@ -19,7 +19,10 @@ def check_truncation(truncation: str) -> None:
 def prompt_ids(tokenizer: Any, file: RowFile, column: str) -> list[np.ndarray]:
     """Token ids (P_i,) int32 of every prompt of a file, by the tokenizer's chat template, ready to be answered."""
     if tokenizer.chat_template is None:
-        raise ValueError(f"the tokenizer of {tokenizer.name_or_path} has no chat template; give it one")
+        raise ValueError(
+            f"the tokenizer of {tokenizer.name_or_path} has no chat template: take the instruction-tuned model, or put "
+            "a Jinja template into the model's folder as chat_template.jinja"
+        )
     texts = []
     for row, value in enumerate(file.rows[column]):
         messages = as_messages(value, file, row, column)

@@ -56,8 +56,17 @@ def check_data_source(data_source: str) -> None:
 
 
 def compute_score(
-    data_source: str, solution_str: str, ground_truth: Any, extra_info: dict[str, Any] | None = None, **kwargs: Any
+    data_source: str,
+    solution_str: str,
+    ground_truth: Any,
+    extra_info: dict[str, Any] | None = None,
+    code_time_s: float | None = None,
+    **kwargs: Any,
 ) -> float | dict[str, Any]:
     """The score of one response by the scorer of its data source: a number, or a dict with `score` and what else the
-    scorer tells (`acc`: whether it is right, `pred`: the answer it read)."""
-    return find_scorer(data_source)(data_source, solution_str, ground_truth, extra_info, **kwargs)
+    scorer tells (`acc`: whether it is right, `pred`: the answer it read). `code_time_s`: the `total_s` of a scorer that
+    runs programs."""
+    scorer = find_scorer(data_source)
+    if scorer is _livecodebench and code_time_s is not None:
+        kwargs["total_s"] = code_time_s
+    return scorer(data_source, solution_str, ground_truth, extra_info, **kwargs)

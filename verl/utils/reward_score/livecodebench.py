@@ -6,7 +6,9 @@ outputs come out, and are compared here: expected outputs never enter it.
 """
 
 import json
+import math
 import re
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -16,6 +18,7 @@ from verl.utils.sandbox.run import Limits, Result, Sandbox, check_confinement
 
 FENCE, OPENING = "```", re.compile(r"```(python3?|py)\b", re.IGNORECASE)
 TIMEOUT_S = 6  # per test, the published benchmark's
+TIME_IS_UP = "limit of time for all tests"
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ def compute_score(
     ground_truth: str | dict[str, Any] | list[dict[str, Any]],
     extra_info: dict[str, Any] | None = None,
     timeout_s: int = TIMEOUT_S,
+    total_s: float = math.inf,
     memory_mb: int = 2048,
     stop_at_failure: bool = True,
     packages: Sequence[str] = ("numpy",),
@@ -46,32 +50,41 @@ def compute_score(
        name in `extra_info["metadata"]["func_name"]` or `extra_info["func_name"]`.
     A functional input is one JSON value per line, its output one JSON value.
 
-    A test may take `timeout_s` (whole seconds) of CPU time and twice that in all; `memory_mb` (per process), `packages`
-    and `allow` are the sandbox's.
+    A test may take `timeout_s` (whole seconds) of CPU time and twice that in all, and all tests together `total_s`: one
+    that has not ended by then has failed. `memory_mb` (per process), `packages` and `allow` are the sandbox's.
 
     Beside `score` and `acc`: `pred`, always None (programs are not voted on); `pass_rate`, the tests passed out of all,
-    where `stop_at_failure` ends at the first that fails; `verdict`, what that one came to, "passed" or "no code".
+    where `stop_at_failure` ends at the first that fails; `verdict`, what that one came to, "passed" or "no code";
+    `timed_out`, 1 if that was a limit of time.
     Raises ValueError for a ground truth in neither form, SandboxUnavailable where code cannot be confined.
     """
+    end = time.monotonic() + total_s
     cases = read_cases(ground_truth, extra_info or {})
     check_confinement(tuple(packages), tuple(allow))
     code = last_block(solution_str)
     if code is None:
-        return {"score": 0.0, "acc": 0.0, "pred": None, "pass_rate": 0.0, "verdict": "no code"}
+        return {"score": 0.0, "acc": 0.0, "pred": None, "pass_rate": 0.0, "verdict": "no code", "timed_out": 0.0}
     limits = Limits(cpu_s=timeout_s, wall_s=2.0 * timeout_s, memory_bytes=memory_mb << 20)
-    passed, verdict = 0, "passed"
+    passed, verdict, timed_out = 0, "passed", False
     with Sandbox(code, limits, packages, allow) as sandbox:
         for given, expected in zip(cases.inputs, cases.outputs, strict=True):
-            result = sandbox.run(given) if cases.name is None else sandbox.call(cases.name, given)
+            left = end - time.monotonic()
+            if left <= 0:
+                if verdict == "passed":
+                    verdict, timed_out = TIME_IS_UP, True
+                break
+            wall_s = min(limits.wall_s, left)
+            result = sandbox.run(given, wall_s) if cases.name is None else sandbox.call(cases.name, given, wall_s)
             outcome = judge(result, expected, is_call=cases.name is not None)
             passed += outcome == "passed"
             if outcome != "passed" and verdict == "passed":
-                verdict = outcome
+                verdict, timed_out = outcome, result.timed_out
                 if stop_at_failure:
                     break
     score = float(verdict == "passed")
     rate = passed / len(cases.inputs)
-    return {"score": score, "acc": score, "pred": None, "pass_rate": rate, "verdict": verdict}
+    found = {"pass_rate": rate, "verdict": verdict, "timed_out": float(timed_out)}
+    return {"score": score, "acc": score, "pred": None} | found
 
 
 def last_block(response: str) -> str | None:

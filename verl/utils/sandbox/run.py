@@ -111,15 +111,17 @@ class Sandbox:
                 f"Set {ALLOW}={','.join(missing)} to run it all the same; docs/sandbox.md says more"
             )
 
-    def run(self, stdin: str = "") -> Result:
-        """Run the code as a program (`__name__` is "__main__") with this standard input."""
-        return self._run({}, stdin)
+    def run(self, stdin: str = "", wall_s: float | None = None) -> Result:
+        """Run the code as a program (`__name__` is "__main__") with this standard input, for at most `wall_s` seconds
+        (None: the limit's)."""
+        return self._run({"wall_s": wall_s}, stdin)
 
-    def call(self, name: str, arguments: Sequence[Any]) -> Result:
+    def call(self, name: str, arguments: Sequence[Any], wall_s: float | None = None) -> Result:
         """Run the code as a module and call its function `name`, or that method of its class `Solution`, with
         `arguments`, which JSON can hold. `value` of the result is what it returned, as JSON."""
         token = secrets.token_hex(16)
-        return self._run({"call": {"name": name, "arguments": list(arguments), "token": token}}, "", token)
+        call = {"name": name, "arguments": list(arguments), "token": token}
+        return self._run({"call": call, "wall_s": wall_s}, "", token)
 
     def close(self) -> None:
         """End the supervisor, and with it all that is left of the sandbox."""

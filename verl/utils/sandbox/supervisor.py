@@ -62,7 +62,7 @@ class Supervisor:
     def run(self, request: dict[str, Any], stdin: bytes) -> tuple[dict[str, Any], list[bytes]]:
         """Run the code once. Returns the facts of the run, and what it wrote: stdout, stderr, the answer to a call."""
         self.enclosure.new_work(self.user)
-        call = request.get("call")
+        call, wall_s = request.get("call"), request.get("wall_s")
         inputs = [_in_memory(stdin), _in_memory(json.dumps(call).encode())]
         pipes = [os.pipe() for _ in range(4)]  # stdout, stderr, the answer of a call, failure to start
         given = {0: inputs[0]} | dict(zip((1, 2, ANSWER, FAILURE), (write for _, write in pipes), strict=True))
@@ -75,7 +75,7 @@ class Supervisor:
         for descriptor in (*inputs, *(write for _, write in pipes)):
             os.close(descriptor)
         try:
-            outputs, reason = self._watch(child, [read for read, _ in pipes], start + self.limits["wall_s"])
+            outputs, reason = self._watch(child, [read for read, _ in pipes], start + (wall_s or self.limits["wall_s"]))
         finally:
             ended = self.enclosure.kill_all(self.user)
         for (read, _), output in zip(pipes, outputs, strict=True):

@@ -21,6 +21,32 @@ class RewardRequest:
     ground_truth: Any
     extra_info: dict[str, Any]
 
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "data_source": self.data_source,
+            "solution_str": self.solution_str,
+            "ground_truth": self.ground_truth,
+            "extra_info": self.extra_info,
+        }
+
+
+@dataclass(frozen=True)
+class RewardBatch:
+    """Several responses for one call of a function that takes lists."""
+
+    requests: Sequence[RewardRequest]
+
+    def arguments(self) -> dict[str, Any]:
+        return {
+            "data_sources": [request.data_source for request in self.requests],
+            "solution_strs": [request.solution_str for request in self.requests],
+            "ground_truths": [request.ground_truth for request in self.requests],
+            "extra_infos": [request.extra_info for request in self.requests],
+        }
+
+
+Call = RewardRequest | RewardBatch
+
 
 @dataclass(frozen=True)
 class RewardFunction:
@@ -44,20 +70,14 @@ class RewardFunction:
 
         return reward_score.compute_score
 
-    def call(self, request: RewardRequest) -> Any:
+    def call(self, request: Call) -> Any:
         """What the function returns (of an async function: the coroutine), or the exception that it raised."""
         try:
-            return self.function(
-                data_source=request.data_source,
-                solution_str=request.solution_str,
-                ground_truth=request.ground_truth,
-                extra_info=request.extra_info,
-                **self.kwargs,
-            )
+            return self.function(**request.arguments(), **self.kwargs)
         except Exception as error:  # a user's function may raise anything; the caller counts and logs it
             return error
 
-    def evaluate(self, requests: Sequence[RewardRequest]) -> list[Any]:
+    def evaluate(self, requests: Sequence[Call]) -> list[Any]:
         """Per request what the function returned or the exception it raised; async calls run concurrently. In this
         process, without a time-out: for a dry run. ScoringPool is for what matters."""
         results = [self.call(request) for request in requests]

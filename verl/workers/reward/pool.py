@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from verl.workers.reward.dispatcher import Counts, Dispatcher
-from verl.workers.reward.function import RewardFunction, RewardRequest
+from verl.workers.reward.function import Call, RewardFunction
 
 
 class ScoringPool:
@@ -31,7 +31,7 @@ class ScoringPool:
         self._thread = threading.Thread(target=self._dispatcher.run, name="scoring-pool", daemon=True)
         self._thread.start()
 
-    def submit(self, requests: Sequence[RewardRequest]) -> Future:
+    def submit(self, requests: Sequence[Call]) -> Future:
         """Begin to score; the future's result is that of `evaluate`. Earlier submissions come first."""
         pickled = [pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL) for request in requests]
         future: Future = Future()
@@ -42,7 +42,7 @@ class ScoringPool:
             self._dispatcher.loop.call_soon_threadsafe(self._dispatcher.add, future, pickled)
         return future
 
-    def evaluate(self, requests: Sequence[RewardRequest]) -> list[Any]:
+    def evaluate(self, requests: Sequence[Call]) -> list[Any]:
         """Per request, in order: what the function returned; the exception that it raised; ScoringTimeout; or
         ScorerDied. Raises RuntimeError, naming the function, if it cannot be imported."""
         return self.submit(requests).result()
