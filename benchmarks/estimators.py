@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,21 @@ def _status_mib(field: str) -> float:
     raise ValueError(f"/proc/self/status has no {field}; memory is measured on Linux only, use --no-memory")
 
 
+def memory_peak(compute: Callable[[], Any], device: torch.device | None = None) -> float:
+    """By how much the peak of memory during `compute()` exceeds what was in use before, in MiB: this process's resident
+    memory, or what is allocated on the GPU `device`."""
+    gc.collect()
+    if device is not None and device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        compute()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present
+    resident = _status_mib("VmRSS")
+    compute()
+    return _status_mib("VmHWM") - resident
+
+
 @one_thread()
 def memory_growth(num_responses: int) -> dict[str, float]:
     """Of RiskPO's first call in this process: by how much the peak of resident memory exceeds what was in use, in MiB.
@@ -115,11 +131,7 @@ def memory_growth(num_responses: int) -> dict[str, float]:
     batch = make_batch(num_responses, TOKENS)
     size = sum(t.nbytes for t in batch.columns().values() if isinstance(t, torch.Tensor))
     estimator, batch = make_estimator("riskpo", batch, {})
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present
-    before = _status_mib("VmRSS")
-    estimator(batch)
-    growth = _status_mib("VmHWM") - before
+    growth = memory_peak(lambda: estimator(batch))
     return {
         "responses": num_responses,
         "tensors_of_the_batch_mib": round(size / 2**20, 1),

@@ -36,5 +36,6 @@ def concat_prompts(parts: list[DataProto]) -> DataProto:
 
 def decode_responses(tokenizer: Any, responses: torch.Tensor, response_mask: torch.Tensor) -> list[str]:
     """The text of each response, special tokens left out. responses, response_mask: (R, T)."""
-    rows = [ids[mask].tolist() for ids, mask in zip(responses, response_mask, strict=True)]
+    # Arrays, not lists: transformers looks at every single element of a list.
+    rows = [ids[mask] for ids, mask in zip(responses.numpy(), response_mask.numpy(), strict=True)]
     return tokenizer.batch_decode(rows, skip_special_tokens=True)
