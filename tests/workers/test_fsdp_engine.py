@@ -124,9 +124,9 @@ def test_a_gradient_that_is_not_finite_moves_nothing(start):
     group.step(1)
     before = group.weights()
     metrics = group.step(2, poison=True)[0]
-    assert metrics["actor/skipped_updates"] == 1 and metrics["actor/grad_norm"] != metrics["actor/grad_norm"]
+    assert metrics["skipped_updates"] == 1 and metrics["grad_norm"] != metrics["grad_norm"]
     assert_equal(group.weights(), before)
-    assert group.step(3)[0]["actor/skipped_updates"] == 0
+    assert group.step(3)[0]["skipped_updates"] == 0
 
 
 def test_a_run_of_gradients_that_are_not_finite_stops(start):
@@ -148,8 +148,8 @@ def test_a_loaded_checkpoint_takes_the_configured_rates(start, tmp_path):
     other = start()
     other.worker.engine.optim.lr, other.worker.engine.optim.weight_decay = 0.5, 0.3
     other.load(tmp_path)
-    expected = one.step(5)[0]["actor/lr"] / 1e-2 * 0.5
-    assert other.step(5)[0]["actor/lr"] == pytest.approx(expected)
+    expected = one.step(5)[0]["lr"] / 1e-2 * 0.5
+    assert other.step(5)[0]["lr"] == pytest.approx(expected)
     assert other.worker.engine.optimizer.param_groups[0]["weight_decay"] == 0.3
 
 

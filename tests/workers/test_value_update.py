@@ -45,7 +45,7 @@ class CriticWorker(Worker):
             for name, parameter in self.engine.model.lm.named_parameters():
                 gradients[name] = parameter.grad.full_tensor().clone()
             self.engine.optimizer.zero_grad()
-            return {"actor/grad_norm": 0.0, "actor/lr": 0.0, "actor/skipped_updates": 0.0}
+            return {"grad_norm": 0.0, "lr": 0.0, "skipped_updates": 0.0}
 
         step, self.engine.step = self.engine.step, keep_gradients
         metrics = ValueUpdate(self.engine, config, cliprange)(data)

@@ -83,8 +83,8 @@ def _check_same_model(folder: Path, state: dict[str, Any]) -> None:
             )
             raise ValueError(
                 f"checkpoint {folder} is of another model: {name}: {expected} here, {found} there; "
-                "give the model it was made from as actor_rollout_ref.model.path, or another "
-                "trainer.default_local_dir"
+                "start from the model it was made from (actor_rollout_ref.model.path; critic.model.path), or set "
+                "another trainer.default_local_dir"
             )
 
 

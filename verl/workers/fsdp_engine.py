@@ -169,7 +169,7 @@ class FSDPEngine:
             self.optimizer.step()
             self.scheduler.step()
         self.optimizer.zero_grad()
-        return {"actor/grad_norm": grad_norm, "actor/lr": lr, "actor/skipped_updates": float(not finite)}
+        return {"grad_norm": grad_norm, "lr": lr, "skipped_updates": float(not finite)}
 
     def sum_over_workers(self, values: torch.Tensor) -> torch.Tensor:
         """The elementwise sum of a small CPU tensor over all workers, those that share their rows counted once."""
