@@ -193,6 +193,7 @@ def measure(workload: Workload, workers: int, rounds: int, options: argparse.Nam
                 check_step(name, step, workload)
                 if number >= WARM_UP_STEPS - 1:
                     steps[name].append(step)
+                print(f"{name} {step['seconds']:.2f} s", file=sys.stderr, flush=True)
     how = {"workload": workload.name, "worker_group": "local" if workers == 1 else "ray", "workers": workers}
     report = how | compare(steps[OURS], steps[TRL])
     for name in steps:
@@ -218,6 +219,7 @@ def summary(steps: list[Step]) -> dict[str, Any]:
     return {
         "tokens_per_s": spread([speed(step) for step in steps]),
         "seconds": spread([step["seconds"] for step in steps]),
+        "cpu_seconds": spread([step["cpu_seconds"] for step in steps]),
         "phases": {name: float(f"{median(phase[name] for phase in phases):.3g}") for name in phases[0]},
         "mean_length": round(fmean(length for step in steps for length in step["lengths"]), 2),
         "mean_score": round(fmean(step["score"] for step in steps), 3),

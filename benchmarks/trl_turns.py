@@ -21,27 +21,30 @@ class Turns:
     """Makes a training loop wait at the start of each step until it is told, on standard input, to go on.
 
     `save`: writes the model as a Hugging Face folder. A step's seconds go from there to the start of the next one, so
-    whatever the loop does between two steps is counted. Replies are lines of JSON.
+    whatever the loop does between two steps is counted. Replies are lines of JSON; `cpu_seconds`, which a busy machine
+    lengthens less, and memory are those of this process.
     """
 
     def __init__(self, save: Callable[[str], Any]) -> None:
         self.save = save
         self.facts: dict[str, Any] = {}  # of the running step
         self.start: float | None = None
+        self.cpu_start = 0.0
         self._replies = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)  # what libraries print must not come between the replies
 
     def begin(self) -> bool:
         """Called where a step starts; False: the measurement is over."""
         if self.start is not None:
-            self.facts["seconds"] = time.perf_counter() - self.start
+            self.facts["seconds"] = self.elapsed()
+            self.facts["cpu_seconds"] = time.process_time() - self.cpu_start
         self.facts["peak_memory_gib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         self._reply(self.facts)
         self.facts = {}
         while (order := sys.stdin.readline().strip()).startswith("save "):
             self.save(order.removeprefix("save "))
             self._reply({})
-        self.start = time.perf_counter()
+        self.start, self.cpu_start = time.perf_counter(), time.process_time()
         return order == "go"
 
     def elapsed(self) -> float:
