@@ -1,8 +1,9 @@
 """RiskPO's side of `benchmarks/trl_step.py`: the trainer of `verl.trainer.main_ppo`, a step at a time.
 
-    python benchmarks/trl_ours.py key=value ...
+python benchmarks/trl_ours.py key=value ...
 """
 
+import contextlib
 import sys
 from pathlib import Path
 
@@ -42,10 +43,8 @@ def main(overrides: list[str]) -> None:
         return batch, metrics
 
     setattr(trainer, "train_step", step)  # noqa: B010 - mypy refuses to assign a method
-    try:
+    with contextlib.suppress(OverError):
         run(trainer)
-    except OverError:
-        pass
 
 
 if __name__ == "__main__":

@@ -239,7 +239,8 @@ def line(entry: dict[str, Any]) -> str:
 
 # ---------------------------------------------------------------------------------------------------------- command
 def workloads(options: argparse.Namespace) -> list[Workload]:
-    sizes = {name: getattr(options, name) for name in ("questions", "n", "prompt", "max_tokens", "micro_rows")}
+    names = ("questions", "n", "prompt", "max_tokens", "our_micro_rows", "trl_micro_rows")
+    sizes = {name: getattr(options, name) for name in names}
     return [Workload(**sizes, skewed=skewed) for skewed in (False, True)]
 
 
@@ -250,7 +251,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--n", type=int, default=8, help="responses of a question")
     parser.add_argument("--prompt", type=int, default=16, help="tokens of a prompt")
     parser.add_argument("--max-tokens", type=int, default=64, help="longest response")
-    parser.add_argument("--micro-rows", type=int, default=256, help="rows of full length in a micro-batch, of both")
+    parser.add_argument("--our-micro-rows", type=int, default=64, help="rows of full length in a micro-batch")
+    parser.add_argument("--trl-micro-rows", type=int, default=32, help="rows of TRL's micro-batches")
     parser.add_argument("--cores", type=int, default=2, help="that both may use, and their threads")
     parser.add_argument("--rounds", type=int, default=7, help="measured steps of each side")
     parser.add_argument("--groups", nargs="+", choices=("local", "ray"), default=["local", "ray"], help="worker groups")
@@ -259,8 +261,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides of this project")
     options = parser.parse_intermixed_args(arguments)
     rows = options.questions * options.n
-    if options.micro_rows < 1 or rows % options.micro_rows:
-        parser.error(f"--micro-rows {options.micro_rows} does not divide the {rows} rows of a step")
+    if options.trl_micro_rows < 1 or rows % options.trl_micro_rows:
+        parser.error(f"--trl-micro-rows {options.trl_micro_rows} does not divide the {rows} rows of a step")
     if not 1 <= options.cores <= len(os.sched_getaffinity(0)):
         parser.error(f"--cores {options.cores}: this process may use {len(os.sched_getaffinity(0))}")
     if not options.trl_python.is_file():

@@ -24,7 +24,8 @@ class Workload:
     """One step: `questions` prompts of `prompt` tokens, `n` responses each, of at most `max_tokens`; one update.
 
     skewed: so many ids end a response that its mean length is about 16 tokens; otherwise none can, and all have
-    `max_tokens`. micro_rows: rows of full length that a forward and backward pass takes.
+    `max_tokens`. our_micro_rows, trl_micro_rows: rows of full length that a forward and backward pass takes; ours is a
+    budget of tokens, so it takes more of shorter ones.
     """
 
     questions: int
@@ -32,7 +33,8 @@ class Workload:
     prompt: int
     max_tokens: int
     skewed: bool
-    micro_rows: int
+    our_micro_rows: int
+    trl_micro_rows: int
     lr: float = 1e-6
 
     @property
@@ -77,6 +79,7 @@ def make_data(file: Path, questions: int, prompt: int) -> Path:
 
 def our_settings(workload: Workload, model: Path, data: Path, run_dir: Path, workers: int) -> list[str]:
     """Overrides for `workers` training processes; one: in the trainer's own process."""
+    micro_tokens = workload.our_micro_rows * (workload.prompt + workload.max_tokens)
     return [
         f"data.train_files={data}",
         f"data.val_files={data}",
@@ -87,7 +90,7 @@ def our_settings(workload: Workload, model: Path, data: Path, run_dir: Path, wor
         f"actor_rollout_ref.model.path={model}",
         "actor_rollout_ref.model.enable_gradient_checkpointing=False",
         f"actor_rollout_ref.actor.ppo_mini_batch_size={workload.questions}",
-        f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={workload.micro_rows * (workload.prompt + workload.max_tokens)}",
+        f"actor_rollout_ref.actor.ppo_max_token_len_per_gpu={micro_tokens}",
         "actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean",
         f"actor_rollout_ref.actor.optim.lr={workload.lr}",
         "actor_rollout_ref.actor.optim.weight_decay=0",
@@ -111,8 +114,8 @@ def trl_settings(workload: Workload, run_dir: Path) -> list[str]:
     """Arguments of GRPOConfig for the same step; everything else is TRL's default."""
     settings: dict[str, Any] = {
         "output_dir": str(run_dir),
-        "per_device_train_batch_size": workload.micro_rows,
-        "gradient_accumulation_steps": workload.rows // workload.micro_rows,
+        "per_device_train_batch_size": workload.trl_micro_rows,
+        "gradient_accumulation_steps": workload.rows // workload.trl_micro_rows,
         "num_generations": workload.n,
         "max_completion_length": workload.max_tokens,
         "temperature": 1.0,
