@@ -31,7 +31,7 @@ class FileRecord:
 
 def record(path: Path) -> FileRecord:
     """Make a written file durable and record it."""
-    _fsync(path)
+    fsync(path)
     return FileRecord(path.stat().st_size, _crc32(path))
 
 
@@ -66,11 +66,11 @@ class CheckpointFolder:
                 "the driver and all nodes share"
             )
         for path in [folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-            _fsync(path)
+            fsync(path)
         if self.path(step).exists():
             self._remove(self.path(step))
         folder.rename(self.path(step))
-        _fsync(self.root)
+        fsync(self.root)
         return self.path(step)
 
     def steps(self) -> list[int]:
@@ -172,7 +172,8 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make what was written to a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

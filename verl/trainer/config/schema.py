@@ -320,9 +320,13 @@ class RewardKwargsConfig:
 
 
 @dataclass
-class RewardModelConfig:
+class ScoringConfig:
     num_workers: int = key(4, "Processes that score; 0: the driver itself, for a debugger (no time-out then).")
     timeout_s: float = key(30.0, "A call that takes longer is killed with its process; it scores 0 and is counted.")
+
+
+@dataclass
+class RewardModelConfig(ScoringConfig):
     reward_kwargs: RewardKwargsConfig = section(RewardKwargsConfig)
 
 

@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto, object_array
-from verl.trainer.config.schema import OverlongBufferConfig, PPOConfig, RewardModelConfig
+from verl.trainer.config.evaluation_schema import EvalConfig
+from verl.trainer.config.schema import OverlongBufferConfig, PPOConfig, ScoringConfig
 from verl.utils import reward_score
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.workers.reward.function import RewardFunction, RewardRequest, describe
@@ -26,7 +27,7 @@ FAILURES = ("exceptions", "timeouts", "crashes", "non_finite")
 MAX_MESSAGES = 50  # distinct messages logged per run
 
 
-def load_reward(config: PPOConfig) -> RewardFunction:
+def load_reward(config: PPOConfig | EvalConfig) -> RewardFunction:
     """The reward function of a configuration: `custom_reward_function` if it has a path, else by data_source.
 
     Raises a one-line ValueError if the file or the function does not exist or does not take the arguments.
@@ -108,7 +109,7 @@ def as_number(value: Any) -> float | None:
     return float(value) if isinstance(value, bool | int | float | np.number | np.bool_) else None
 
 
-def start_scoring(reward: RewardFunction, config: RewardModelConfig) -> ScoringPool | None:
+def start_scoring(reward: RewardFunction, config: ScoringConfig) -> ScoringPool | None:
     """The processes that score, None where this one does (`num_workers=0`, for a debugger)."""
     return ScoringPool(reward, config.num_workers, config.timeout_s) if config.num_workers else None
 
