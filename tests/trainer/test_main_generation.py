@@ -104,13 +104,13 @@ def test_a_stopped_run_goes_on_to_the_same_rows(generate, monkeypatch, capsys):
 
 @pytest.mark.slow  # starts a process, which imports torch
 def test_a_killed_run_goes_on_to_the_same_rows(generate, tiny_model, arithmetic_data, tmp_path):
-    settings = ["data.batch_size=1", "data.n_samples=16", "rollout.response_length=64"]
+    settings = ["data.batch_size=2", "data.n_samples=2", "rollout.response_length=24"]
     path = tmp_path / "killed.parquet"
     command = [sys.executable, "-m", "verl.trainer.main_generation"]
     command += overrides(tiny_model, arithmetic_data / "val.parquet", path, *settings)
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])})
     deadline = time.monotonic() + 120
-    while not list(parts_folder(path).glob("part_00002.parquet*")):
+    while not list(parts_folder(path).glob("part_00001.parquet*")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)

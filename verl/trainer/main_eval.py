@@ -89,6 +89,11 @@ class Evaluation:
             groups = measures_by_group(
                 [source] * len(found.acc), found.question_ids, found.levels, found.acc, found.answers
             )
+            if all(answer is None for answer in found.answers):  # programs: nothing to vote on
+                groups = {
+                    group: {name: values for name, values in measures.items() if not name.startswith("maj@")}
+                    for group, measures in groups.items()
+                }
             resampled = {
                 level: Bootstrapped.of(measures, bootstrap.samples, generator(bootstrap.seed, source, level))
                 for (_, level), measures in groups.items()

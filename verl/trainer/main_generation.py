@@ -87,7 +87,9 @@ class Generation:
                 line += f", {duration((now - started) / done * (len(missing) - done))} left"
             print(line, flush=True)
         self.file.finish()
-        print(f"responses: {self.file.path}\nto score them: python -m verl.trainer.main_eval data.path={self.file.path}")
+        print(
+            f"responses: {self.file.path}\nto score them: python -m verl.trainer.main_eval data.path={self.file.path}"
+        )
 
     def _start(self) -> None:
         assert self.workers is not None and self.rollout is not None

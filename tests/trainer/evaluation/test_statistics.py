@@ -182,7 +182,10 @@ def test_the_interval_covers_the_true_mean_as_often_as_it_says():
 
 def test_the_average_weighs_data_sources_equally_and_adds_their_variances():
     rng = np.random.default_rng(4)
-    tables = [{"mean@2": rng.random(40), "pass@2": rng.random(40)}, {"mean@2": rng.random(10), "pass@4": rng.random(10)}]
+    tables = [
+        {"mean@2": rng.random(40), "pass@2": rng.random(40)},
+        {"mean@2": rng.random(10), "pass@4": rng.random(10)},
+    ]
     parts = [Bootstrapped.of(measures, 20_000, rng) for measures in tables]
     average = Bootstrapped.average(parts)
     assert average.names == ["mean@2"]  # what both have
