@@ -116,6 +116,16 @@ def test_data_sources_may_have_different_numbers_of_responses(evaluate):
     assert set(report["data_sources"]["openai/gsm8k"]["measures"]) == {"mean@1", "best@1", "maj@1", "pass@1"}
 
 
+def test_without_answers_there_is_no_majority(evaluate, tmp_path):
+    """A scorer that reads no answers, as that of programs: pass@k, but nothing to vote on."""
+    (tmp_path / "scorer.py").write_text("""
+def compute_score(data_source, solution_str, ground_truth, extra_info=None):
+    return {"score": 1.0, "pred": None}
+""")
+    report = evaluate([row("code", "", ["a", "b"])] * 2, f"custom_reward_function.path={tmp_path}/scorer.py")
+    assert set(report["data_sources"]["code"]["measures"]) == {"mean@2", "best@2", "pass@1", "pass@2"}
+
+
 def test_what_cannot_be_scored_is_refused(evaluate, tmp_path):
     with pytest.raises(ValueError, match=r"out.parquet, row 1, column 'data_source': no reward is known for .*'what'"):
         evaluate([ROWS[0], row("what", "1", ["1"])])

@@ -3,7 +3,7 @@
 import json
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from verl.trainer.cli import run_cli
 from verl.trainer.config.evaluation_schema import EvalConfig
 from verl.trainer.evaluation.parts import parts_folder, read_settings, write_durably
 from verl.trainer.evaluation.report import Report, SourceReport
-from verl.trainer.evaluation.statistics import Bootstrapped, measures_by_group
+from verl.trainer.evaluation.statistics import Bootstrapped, Measures, measures_by_group
 from verl.trainer.ppo.reward import FAILURES, RewardManager, load_reward, start_scoring
 from verl.utils import reward_score
 from verl.utils.dataset.rows import RowFile, read_files
@@ -32,13 +32,13 @@ CALLS = 1024  # responses handed to the scoring processes at a time: each carrie
 class Scores:
     """Of the N responses to the questions of one data source."""
 
-    question_ids: list[str]
-    levels: list[str]
-    acc: list[float]
-    answers: list[str | None]
-    failures: Counter
-    lengths: np.ndarray
-    finished: np.ndarray
+    question_ids: list[str] = field(default_factory=list)
+    levels: list[str] = field(default_factory=list)
+    acc: list[float] = field(default_factory=list)
+    answers: list[str | None] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    finished: list[bool] = field(default_factory=list)
+    failures: Counter = field(default_factory=Counter)
 
 
 class Evaluation:
@@ -47,14 +47,15 @@ class Evaluation:
         self.reward = reward
         self.output = output
         self.settings = {str(file.path): read_settings(file.path) for file in files}
-        self.rows: dict[str, list[tuple[str, dict[str, Any]]]] = {}  # by data source: (question id, row)
+        self.files = files
+        self.places: dict[str, list[tuple[int, int]]] = {}  # by data source: (file, row) of its questions
         for number, file in enumerate(files):
-            for index, row in enumerate(file.rows):
-                self.rows.setdefault(row["data_source"], []).append((f"{number}:{index}", row))
+            for index, source in enumerate(file.rows["data_source"]):
+                self.places.setdefault(source, []).append((number, index))
 
     def __call__(self) -> Report:
         """Score all responses; write the report and print it."""
-        scores = {source: self._score(source, rows) for source, rows in self.rows.items()}
+        scores = {source: self._score(source, places) for source, places in self.places.items()}
         report = self._report(scores)
         self.output.parent.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report.as_json(), indent=2, allow_nan=False) + "\n"
@@ -63,63 +64,72 @@ class Evaluation:
         print(f"with every interval: {self.output}")
         return report
 
-    def _score(self, source: str, rows: list[tuple[str, dict[str, Any]]]) -> Scores:
-        n = len(rows[0][1]["responses"])
-        scores = Scores([], [], [], [], Counter(dict.fromkeys(FAILURES, 0)), np.empty(0), np.empty(0))
+    def _score(self, source: str, places: list[tuple[int, int]]) -> Scores:
+        scores = Scores()
+        n = len(self._row(places[0])["responses"])
         per_call = max(1, CALLS // n)
         console = Console(stderr=True)
-        starts = track(range(0, len(rows), per_call), source, console=console, disable=not console.is_terminal)
+        starts = track(range(0, len(places), per_call), source, console=console, disable=not console.is_terminal)
         for start in starts:
-            chunk = rows[start : start + per_call]
-            batch, texts = as_batch(chunk)
+            rows = {f"{file}:{row}": self._row((file, row)) for file, row in places[start : start + per_call]}
+            batch, texts = as_batch(rows)
             _, extras, metrics = self.reward(batch, texts)
             scores.question_ids += batch["question_id"].tolist()
             scores.levels += batch["level"].tolist()
             scores.acc += extras["acc"].tolist()
             scores.answers += extras["pred"].tolist()
             scores.failures.update({kind: int(metrics[f"reward/{kind}"]) for kind in FAILURES})
-        scores.lengths = np.concatenate([row["response_lengths"] for _, row in rows])
-        scores.finished = np.concatenate([row["finished"] for _, row in rows])
+            for row in rows.values():
+                scores.lengths += row["response_lengths"]
+                scores.finished += row["finished"]
         return scores
+
+    def _row(self, place: tuple[int, int]) -> dict[str, Any]:
+        file, row = place
+        return self.files[file].rows[row]
 
     def _report(self, scores: dict[str, Scores]) -> Report:
         bootstrap = self.config.bootstrap
         sources, totals = {}, []
         for source, found in scores.items():
-            groups = measures_by_group(
-                [source] * len(found.acc), found.question_ids, found.levels, found.acc, found.answers
-            )
-            if all(answer is None for answer in found.answers):  # programs: nothing to vote on
-                groups = {
-                    group: {name: values for name, values in measures.items() if not name.startswith("maj@")}
-                    for group, measures in groups.items()
-                }
-            resampled = {
-                level: Bootstrapped.of(measures, bootstrap.samples, generator(bootstrap.seed, source, level))
-                for (_, level), measures in groups.items()
-            }
+            resampled, questions = {}, {}
+            for level, measures in measures_by_level(source, found).items():
+                rng = generator(bootstrap.seed, source, level)
+                resampled[level] = Bootstrapped.of(measures, bootstrap.samples, rng)
+                questions[level] = len(next(iter(measures.values())))
             totals.append(resampled[""])
-            questions = {level: len(next(iter(measures.values()))) for (_, level), measures in groups.items()}
             sources[source] = SourceReport(
                 questions=questions[""],
                 n=len(found.acc) // questions[""],
                 measures=resampled[""].estimates(),
                 levels={level: (questions[level], part.estimates()) for level, part in resampled.items() if level},
                 failures=dict(found.failures),
-                finished=float(found.finished.mean()),
-                response_length=float(found.lengths.mean()),
+                finished=float(np.mean(found.finished)),
+                response_length=float(np.mean(found.lengths)),
             )
         average = Bootstrapped.average(totals).estimates() if len(totals) > 1 else None
         return Report(sources, average, {"samples": bootstrap.samples, "seed": bootstrap.seed}, self.settings)
 
 
-def as_batch(rows: list[tuple[str, dict[str, Any]]]) -> tuple[DataProto, list[str]]:
-    """The responses to these questions as rows that can be scored, and their texts."""
+def measures_by_level(source: str, scores: Scores) -> dict[str, Measures]:
+    """Measures of all questions, under "", and of each level. Where no response has an answer, as programs have none,
+    there is no maj@n."""
+    sources = [source] * len(scores.acc)
+    groups = measures_by_group(sources, scores.question_ids, scores.levels, scores.acc, scores.answers)
+    voted = any(answer is not None for answer in scores.answers)
+    return {
+        level: {name: values for name, values in measures.items() if voted or not name.startswith("maj@")}
+        for (_, level), measures in groups.items()
+    }
+
+
+def as_batch(rows: dict[str, dict[str, Any]]) -> tuple[DataProto, list[str]]:
+    """The responses to these questions, by id, as rows that can be scored, and their texts."""
     columns: dict[str, list[Any]] = {
         name: [] for name in ("data_source", "ground_truth", "extra_info", "question_id", "level")
     }
     texts: list[str] = []
-    for question_id, row in rows:
+    for question_id, row in rows.items():
         extra_info = row.get("extra_info") or {}
         level = extra_info.get("level")
         values = (

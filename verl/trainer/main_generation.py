@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from omegaconf import OmegaConf
 
@@ -29,16 +30,17 @@ from verl.trainer.config.schema import (
 from verl.trainer.evaluation.parts import PartedFile
 from verl.trainer.main_ppo import check_context_length, cluster_device
 from verl.trainer.ppo.generation import sample_to_measure
-from verl.utils.checkpoint import find_fault, read_manifest
+from verl.utils.checkpoint import file_crc32, find_fault, read_manifest
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import load_tokenizer
-from verl.workers.rollout.base import Rollout, SamplingParams, WorkerRollout
+from verl.workers.rollout.base import GenerationOutput, OnFinished, Rollout, SamplingParams, WorkerRollout
 from verl.workers.rollout.engine_rollout import EngineRollout
 from verl.workers.rollout.sampling_worker import GenerationWorker
 from verl.workers.rollout.vllm_checks import check_vllm
 
 NEW_COLUMNS = ("responses", "response_lengths", "finished")
 UNLIMITED = 1 << 30
+PROGRESS_S = 60.0
 # The names that checks shared with training use -> those of this configuration.
 TERMS = {
     "actor_rollout_ref.": "",
@@ -58,7 +60,7 @@ class Generation:
     workers: WorkerGroup | None = None
     rollout: Rollout | None = None
 
-    def fit(self) -> None:
+    def __call__(self) -> None:
         """Sample the parts that are missing, and join all."""
         if self.file.finished:
             print(f"{self.file.path} is finished already")
@@ -79,7 +81,7 @@ class Generation:
         for done, part in enumerate(missing, start=1):
             begun = time.perf_counter()
             indices = range(part * size, min((part + 1) * size, total))
-            table = self._sample(indices)
+            table = self._sample(indices, Progress(f"part {part + 1}/{self.file.n_parts}"))
             self.file.write(part, table)
             now = time.perf_counter()
             line = f"part {part + 1}/{self.file.n_parts}: {describe(table, now - begun)}"
@@ -97,7 +99,7 @@ class Generation:
         self.rollout.start()
         self.stop_token_ids = self.workers.stop_token_ids()
 
-    def _sample(self, indices: range) -> pa.Table:
+    def _sample(self, indices: range, progress: OnFinished) -> pa.Table:
         """The questions at `indices` with their responses."""
         assert self.rollout is not None
         rollout, n = self.config.rollout, self.config.data.n_samples
@@ -105,7 +107,7 @@ class Generation:
             rollout.response_length, rollout.temperature, rollout.top_p, rollout.top_k, greedy=rollout.temperature == 0
         )
         batch, texts, _ = sample_to_measure(
-            self.rollout, self.dataset, indices, n, params, self.config.trainer.seed, step=0
+            self.rollout, self.dataset, indices, n, params, self.config.trainer.seed, 0, progress
         )
         lengths = batch["response_mask"].sum(1)  # (N,)
         columns = (texts, lengths.tolist(), self._finished(batch, lengths))
@@ -126,6 +128,21 @@ class Generation:
             self.rollout.shutdown()
         if self.workers is not None:
             self.workers.shutdown()
+
+
+class Progress:
+    """Tells once a minute how many responses of a part are finished."""
+
+    def __init__(self, label: str) -> None:
+        self.label = label
+        self.finished = 0
+        self.told = time.monotonic()
+
+    def __call__(self, rows: np.ndarray, output: GenerationOutput) -> None:
+        self.finished += len(rows)
+        if time.monotonic() - self.told > PROGRESS_S and self.finished < len(output.lengths):
+            self.told = time.monotonic()
+            print(f"{self.label}: {self.finished} of {len(output.lengths)} responses", flush=True)
 
 
 def describe(table: pa.Table, seconds: float) -> str:
@@ -256,7 +273,7 @@ def settings(config: GenerationConfig, model_path: str, dataset: RLHFDataset) ->
     return {
         "model.path": model_path,
         "model.path's files (checksum)": zlib.crc32(str(files).encode()),
-        "data.path": [f"{file.path.name} (checksum {zlib.crc32(file.path.read_bytes())})" for file in dataset.files],
+        "data.path": [f"{file.path.name} (checksum {file_crc32(file.path)})" for file in dataset.files],
         "data.prompt_key": config.data.prompt_key,
         "data.n_samples": config.data.n_samples,
         "data.batch_size": config.data.batch_size,
@@ -287,6 +304,7 @@ def as_training_config(config: GenerationConfig, model_path: str, prompt_length:
                 max_num_batched_tokens=rollout.max_num_batched_tokens,
                 tensor_model_parallel_size=rollout.tensor_model_parallel_size,
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
+                kv_cache_memory_bytes=rollout.kv_cache_memory_bytes,
                 enforce_eager=rollout.enforce_eager,
                 free_cache_engine=False,  # nothing is trained between two batches
                 calculate_log_probs=False,
@@ -313,7 +331,7 @@ def in_own_terms(message: str) -> str:
 
 def run(job: Generation) -> None:
     try:
-        job.fit()
+        job()
     finally:
         job.shutdown()
 

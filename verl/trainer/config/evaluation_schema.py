@@ -37,6 +37,9 @@ class GenerationRolloutConfig:
     max_num_batched_tokens: int = key(8192, "vllm: most tokens computed in one step of an engine.")
     tensor_model_parallel_size: int = key(1, "vllm: GPUs of one engine.")
     gpu_memory_utilization: float = key(0.9, "vllm: share of a GPU's memory for an engine.")
+    kv_cache_memory_bytes: int | None = key(
+        None, "vllm: key-value cache of an engine; null: what `gpu_memory_utilization` leaves, on a CPU 1 GiB."
+    )
     enforce_eager: bool = key(False, "vllm: neither compile nor capture graphs: starts faster, decodes slower.")
 
 
