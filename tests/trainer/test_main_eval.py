@@ -124,6 +124,8 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
 """)
     report = evaluate([row("code", "", ["a", "b"])] * 2, f"custom_reward_function.path={tmp_path}/scorer.py")
     assert set(report["data_sources"]["code"]["measures"]) == {"mean@2", "best@2", "pass@1", "pass@2"}
+    unread = evaluate([row("arithmetic", "5", ["5", "6"])] * 2)  # no answer in the form that is read: wrong
+    assert unread["data_sources"]["arithmetic"]["measures"]["maj@2"]["value"] == 0.0
 
 
 def test_what_cannot_be_scored_is_refused(evaluate, tmp_path):

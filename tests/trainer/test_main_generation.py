@@ -9,14 +9,17 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from verl.trainer import main_generation
 from verl.trainer.config import load_config
 from verl.trainer.config.evaluation_schema import GenerationConfig
 from verl.trainer.evaluation.parts import PartedFile, parts_folder, read_settings
 from verl.trainer.main_generation import build, find_model, run
 from verl.utils.checkpoint import CheckpointFolder, record
+from verl.workers.rollout.base import GenerationOutput
 
 LENGTH = 8
 
@@ -100,6 +103,14 @@ def test_a_stopped_run_goes_on_to_the_same_rows(generate, monkeypatch, capsys):
     assert "1 of them are there already" in printed and "part 1/3" not in printed and "part 2/3" in printed
     assert generate("two.parquet") == undisturbed
     assert "is finished already" in capsys.readouterr().out
+
+
+def test_a_long_part_tells_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr(main_generation, "PROGRESS_S", 0.0)
+    progress, output = main_generation.Progress("part 1/2"), GenerationOutput.empty(5, 4, pad_token_id=0)
+    for rows in ([0, 3], [1], [2, 4]):
+        progress(np.array(rows), output)
+    assert capsys.readouterr().out.splitlines() == ["part 1/2: 2 of 5 responses", "part 1/2: 3 of 5 responses"]
 
 
 @pytest.mark.slow  # starts a process, which imports torch
@@ -196,6 +207,9 @@ def test_a_damaged_checkpoint_is_refused(run_folder):
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(ValueError, match="global_step_10 is damaged: huggingface/model.safetensors is not what was"):
+        find_model(str(run_folder))
+    (weights.parents[1] / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="global_step_10 is not a complete checkpoint: it has no manifest.json"):
         find_model(str(run_folder))
     shutil.rmtree(run_folder / "checkpoints")
     with pytest.raises(ValueError, match="is no Hugging Face folder either: .* is no checkpoint"):

@@ -112,11 +112,11 @@ class Evaluation:
 
 
 def measures_by_level(source: str, scores: Scores) -> dict[str, Measures]:
-    """Measures of all questions, under "", and of each level. Where no response has an answer, as programs have none,
-    there is no maj@n."""
+    """Measures of all questions, under "", and of each level. There is no maj@n where responses are right but none has
+    an answer to vote on, as programs have none."""
     sources = [source] * len(scores.acc)
     groups = measures_by_group(sources, scores.question_ids, scores.levels, scores.acc, scores.answers)
-    voted = any(answer is not None for answer in scores.answers)
+    voted = any(answer is not None for answer in scores.answers) or not any(scores.acc)
     return {
         level: {name: values for name, values in measures.items() if voted or not name.startswith("maj@")}
         for (_, level), measures in groups.items()

@@ -232,7 +232,10 @@ def find_model(path: str) -> str:
         checkpoint = find_checkpoint(folder)
     except ValueError as error:
         raise ValueError(f"model.path={path} is no Hugging Face folder either: {error}") from error
-    exported = [name for name in read_manifest(checkpoint) if name.startswith("huggingface/")]
+    try:
+        exported = [name for name in read_manifest(checkpoint) if name.startswith("huggingface/")]
+    except ValueError as error:
+        raise ValueError(f"model.path={path}: {checkpoint} is not a complete checkpoint: {error}") from error
     if (fault := find_fault(checkpoint, exported, exported)) is not None:
         raise ValueError(f"model.path={path}: {checkpoint} is damaged: {fault}; name another checkpoint")
     return str((checkpoint / "huggingface").resolve())
