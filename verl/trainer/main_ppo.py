@@ -62,7 +62,7 @@ def build(config: PPOConfig) -> RayPPOTrainer:
         actor = start_actor(config, total_training_steps(config, len(loader)))
         check_shared(config, actor)
         rollout = make_rollout(config, actor, tokenizer.pad_token_id)
-        validator = Validator(config, rollout, val, reward, tokenizer, tracking)
+        validator = Validator(config, rollout, val, reward, tracking)
         return RayPPOTrainer(config, actor, rollout, loader, reward, validator, tokenizer, tracking)
     except BaseException:
         reward.close()

@@ -31,8 +31,8 @@ class FileRecord:
 
 def record(path: Path) -> FileRecord:
     """Make a written file durable and record it."""
-    _fsync(path)
-    return FileRecord(path.stat().st_size, _crc32(path))
+    fsync(path)
+    return FileRecord(path.stat().st_size, file_crc32(path))
 
 
 class CheckpointFolder:
@@ -66,11 +66,11 @@ class CheckpointFolder:
                 "the driver and all nodes share"
             )
         for path in [folder / MANIFEST, *(path for path in folder.rglob("*") if path.is_dir()), folder]:
-            _fsync(path)
+            fsync(path)
         if self.path(step).exists():
             self._remove(self.path(step))
         folder.rename(self.path(step))
-        _fsync(self.root)
+        fsync(self.root)
         return self.path(step)
 
     def steps(self) -> list[int]:
@@ -147,7 +147,7 @@ def find_fault(folder: Path, sizes_of: Iterable[str] | None = None, contents_of:
     for name in contents_of:
         if name not in files:
             return f"its {MANIFEST} does not list {name}"
-        if _crc32(folder / name) != files[name].crc32:
+        if file_crc32(folder / name) != files[name].crc32:
             return f"{name} is not what was written (its checksum differs)"
     return None
 
@@ -164,7 +164,8 @@ def missing(paths: Sequence[Path]) -> list[Path]:
     return absent
 
 
-def _crc32(path: Path) -> int:
+def file_crc32(path: Path) -> int:
+    """CRC-32 of a file's content, read a piece at a time."""
     value = 0
     with path.open("rb") as file:
         while chunk := file.read(CHUNK):
@@ -172,7 +173,8 @@ def _crc32(path: Path) -> int:
     return value
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Make what was written to a file, or the names in a folder, durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

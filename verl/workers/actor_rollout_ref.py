@@ -3,12 +3,10 @@
 Thin: each method is what one call of the driver does; the work is in the engine, the update and the rollout.
 """
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 import torch
 
 from verl.protocol import DataProto
@@ -16,7 +14,6 @@ from verl.single_controller.dispatch import Dispatch, register
 from verl.trainer.config.schema import ActorRolloutRefConfig
 from verl.utils.checksum import checksum
 from verl.utils.device import compute_dtype, memory_metrics
-from verl.utils.flops import peak_flops
 from verl.utils.plugins import load_plugins
 from verl.utils.tokenizer import load_tokenizer, stop_token_ids
 from verl.workers import engine_checkpoint
@@ -27,26 +24,15 @@ from verl.workers.lora import add_adapters, without_adapters
 from verl.workers.model import ScoringModel, load_language_model
 from verl.workers.policy_update import PolicyUpdate
 from verl.workers.profiling import Profiler
-from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.hf import HFRollout
+from verl.workers.rollout.sampling_worker import SamplingWorker
 from verl.workers.rollout.weight_transfer import PolicyWeights, TransferPlan, make_sender
 from verl.workers.sequences import MicroBatchSpec
 
 ENGINES = {"fsdp2": FSDPEngine}
 
 
-@dataclass(frozen=True)
-class Location:
-    """Where a worker is. `node_id`: Ray's, None without Ray. `gpus`: its GPUs, as CUDA_VISIBLE_DEVICES names them.
-    `peak_flops`: what its device could do, None where that is not known."""
-
-    device: str
-    node_id: str | None
-    gpus: str
-    peak_flops: float | None = None
-
-
-class ActorRolloutRefWorker(CheckpointedWorker):
+class ActorRolloutRefWorker(CheckpointedWorker, SamplingWorker):
     """`total_steps`: optimizer steps of the run. `with_reference`: load the reference policy as well.
     `plugins`: files to import."""
 
@@ -89,15 +75,6 @@ class ActorRolloutRefWorker(CheckpointedWorker):
                 rollout.max_num_seqs,
             )
 
-    @register(Dispatch.ALL)
-    def locate(self) -> Location:
-        """Where this worker is, so that an engine can be put beside it."""
-        node_id, gpus = None, os.environ.get("CUDA_VISIBLE_DEVICES", "")
-        if ray.is_initialized():
-            context = ray.get_runtime_context()
-            node_id, gpus = context.get_node_id(), ",".join(context.get_accelerator_ids().get("GPU", []))
-        return Location(self.device.type, node_id, gpus, peak_flops(self.device))
-
     @register(Dispatch.RANK_ZERO)
     def stop_token_ids(self) -> list[int]:
         """Ids that end a response."""
@@ -124,16 +101,6 @@ class ActorRolloutRefWorker(CheckpointedWorker):
         """`checksum` of each weight in `dtype`, by Hugging Face name."""
         with self.actor.resident():
             return {name: checksum(tensor) for name, tensor in PolicyWeights(self.actor, dtype)}
-
-    @register(Dispatch.ROWS)
-    def generate_sequences(self, data: DataProto) -> DataProto:
-        """One response for each row of `data`: prompts (N, P), prompt_length (N,), uid (N,), row_key (N,) int64 and
-        meta_info["sampling"]. Returns the columns of GenerationOutput."""
-        params: SamplingParams = data.meta_info["sampling"]
-        output = self.rollout.generate(
-            data["prompts"], data["prompt_length"], data["uid"], data["row_key"].numpy(), params
-        )
-        return DataProto.from_dict(output.columns())
 
     @register(Dispatch.ROWS)
     def compute_log_prob(self, data: DataProto) -> DataProto:

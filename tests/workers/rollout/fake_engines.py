@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import ray
 
-from verl.workers.actor_rollout_ref import Location
 from verl.workers.rollout.base import SamplingParams
 from verl.workers.rollout.engine_pool import EnginePlace
+from verl.workers.rollout.sampling_worker import Location
 from verl.workers.rollout.vllm_engine import Request, Response
 
 HANG = "hang"

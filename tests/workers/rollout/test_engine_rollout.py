@@ -11,10 +11,10 @@ from tests.e2e.runs import config
 from tests.workers.rollout.fake_engines import HANG, SAMPLING, FakeWorkers, Fleet
 from verl.protocol import DataProto, object_array
 from verl.trainer.ppo.generation import expand
-from verl.workers.actor_rollout_ref import Location
 from verl.workers.rollout import engine_pool
 from verl.workers.rollout.engine_pool import EngineError, EnginePlace
 from verl.workers.rollout.engine_rollout import EngineRollout
+from verl.workers.rollout.sampling_worker import Location
 
 
 @pytest.fixture

@@ -327,13 +327,17 @@ class RewardKwargsConfig:
 
 
 @dataclass
-class RewardModelConfig:
+class ScoringConfig:
     reward_manager: str = key(
         "naive",
         "How responses are scored: `naive` (one per call), `dapo` (and the overlong penalty), `batch` (lists of them).",
     )
     num_workers: int = key(4, "Processes that score; 0: the driver itself, for a debugger (no time-out then).")
     timeout_s: float = key(30.0, "A call that takes longer is killed with its process; it scores 0 and is counted.")
+
+
+@dataclass
+class RewardModelConfig(ScoringConfig):
     reward_kwargs: RewardKwargsConfig = section(RewardKwargsConfig)
 
 

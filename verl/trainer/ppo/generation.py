@@ -1,12 +1,15 @@
-"""Responses for a batch of questions: ids and keys of the rows, the call to the rollout engines, and the texts."""
+"""Responses to a batch of questions: ids and keys of the rows, and the texts."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from verl.protocol import DataProto
+from verl.protocol import DataProto, object_array
+from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.random import row_keys
+from verl.workers.rollout.base import OnFinished, Rollout, SamplingParams, ignore
 
 
 def expand(questions: DataProto, n: int, seed: int, step: int) -> DataProto:
@@ -20,6 +23,26 @@ def expand(questions: DataProto, n: int, seed: int, step: int) -> DataProto:
     batch = batch.with_columns(sample_index=sample_index, row_key=torch.from_numpy(keys))
     batch.meta_info |= {"step": step, "seed": seed}
     return batch
+
+
+def sample_to_measure(
+    rollout: Rollout,
+    dataset: RLHFDataset,
+    indices: Sequence[int],
+    n: int,
+    params: SamplingParams,
+    seed: int,
+    step: int,
+    on_finished: OnFinished = ignore,
+) -> tuple[DataProto, list[str], dict[str, float]]:
+    """`n` responses to each of these questions, for validation and for `main_generation`: the rows, a question's
+    neighbours, with the columns of GenerationOutput; the texts; and the rollout's metrics."""
+    questions = dataset.batch(indices)
+    questions = questions.with_columns(uid=object_array([f"val-{i}" for i in indices]))
+    batch = expand(questions, n, seed, step)
+    output, metrics = rollout.generate(batch, params, n, on_finished)
+    batch = batch.with_columns(**output.columns())
+    return batch, decode_responses(dataset.tokenizer, batch["responses"], batch["response_mask"]), metrics
 
 
 def concat_prompts(parts: list[DataProto]) -> DataProto:

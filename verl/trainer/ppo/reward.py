@@ -11,7 +11,8 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto, object_array
-from verl.trainer.config.schema import OverlongBufferConfig, PPOConfig, RewardModelConfig
+from verl.trainer.config.evaluation_schema import EvalConfig
+from verl.trainer.config.schema import OverlongBufferConfig, PPOConfig, RewardModelConfig, ScoringConfig
 from verl.trainer.ppo.registry import get_reward_manager, register_reward_manager
 from verl.utils import reward_score
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -27,7 +28,7 @@ FAILURES = ("exceptions", "timeouts", "crashes", "non_finite")
 MAX_MESSAGES = 50  # distinct messages logged per run
 
 
-def load_reward(config: PPOConfig) -> RewardFunction:
+def load_reward(config: PPOConfig | EvalConfig) -> RewardFunction:
     """The reward function of a configuration: `custom_reward_function` if it has a path, else by data_source.
 
     Raises a one-line ValueError if the file or the function does not exist or does not take the reward manager's
@@ -135,7 +136,7 @@ class RewardManager:
     takes_lists = False
     shapes_overlong = False
 
-    def __init__(self, reward: RewardFunction, config: RewardModelConfig, pool: ScoringPool | None = None):
+    def __init__(self, reward: RewardFunction, config: ScoringConfig, pool: ScoringPool | None = None):
         self.reward = reward
         self.config = config
         self.pool = pool
@@ -216,6 +217,7 @@ class DapoRewardManager(RewardManager):
     shapes_overlong = True
 
     def shape(self, scores: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, dict[str, float]]:
+        assert isinstance(self.config, RewardModelConfig)
         overlong = self.config.reward_kwargs.overlong_buffer_cfg
         if not overlong.enable:
             return scores, {}
@@ -239,7 +241,7 @@ class BatchRewardManager(RewardManager):
         return [one for batch, result in results for one in _each(result, len(batch.requests))]
 
 
-def make_reward_manager(reward: RewardFunction, config: RewardModelConfig) -> RewardManager:
+def make_reward_manager(reward: RewardFunction, config: ScoringConfig) -> RewardManager:
     """The manager of `config`, with processes that score, or none (`num_workers=0`, for a debugger)."""
     pool = ScoringPool(reward, config.num_workers, config.timeout_s) if config.num_workers else None
     return get_reward_manager(config.reward_manager)(reward, config, pool)

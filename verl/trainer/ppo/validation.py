@@ -1,15 +1,12 @@
 """Measures the policy on the validation questions."""
 
-from typing import Any
-
-from verl.protocol import object_array
 from verl.trainer.config.schema import PPOConfig
-from verl.trainer.ppo.generation import decode_responses, expand
+from verl.trainer.evaluation.statistics import process_validation_metrics
+from verl.trainer.ppo.generation import sample_to_measure
 from verl.trainer.ppo.reward import RewardManager
-from verl.trainer.ppo.validation_metrics import process_validation_metrics
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tracking import Tracking
-from verl.workers.rollout.base import Rollout, SamplingParams, ignore
+from verl.workers.rollout.base import Rollout, SamplingParams
 
 
 class Validator:
@@ -24,21 +21,16 @@ class Validator:
         rollout: Rollout,
         dataset: RLHFDataset,
         reward: RewardManager,
-        tokenizer: Any,
         tracking: Tracking,
     ) -> None:
         self.config = config
         self.rollout = rollout
         self.dataset = dataset
         self.reward = reward
-        self.tokenizer = tokenizer
         self.tracking = tracking
 
     def __call__(self, step: int) -> dict[str, float]:
         sampling = self.config.actor_rollout_ref.rollout.val_kwargs
-        questions = self.dataset.batch(range(len(self.dataset)))
-        questions = questions.with_columns(uid=object_array([f"val-{i}" for i in range(len(questions))]))
-        batch = expand(questions, sampling.n, self.config.trainer.seed, step)
         params = SamplingParams(
             self.config.data.max_response_length,
             sampling.temperature,
@@ -46,9 +38,10 @@ class Validator:
             sampling.top_k,
             greedy=not sampling.do_sample or sampling.temperature == 0,
         )
-        output, rollout_metrics = self.rollout.generate(batch, params, sampling.n, ignore)
-        batch = batch.with_columns(**output.columns())
-        texts = decode_responses(self.tokenizer, batch["responses"], batch["response_mask"])
+        trainer, indices = self.config.trainer, range(len(self.dataset))
+        batch, texts, rollout_metrics = sample_to_measure(
+            self.rollout, self.dataset, indices, sampling.n, params, trainer.seed, step
+        )
         _, extras, metrics = self.reward(batch, texts)
         self.tracking.log_samples(
             step,
