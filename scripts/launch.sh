@@ -22,7 +22,8 @@ launch() {
     exit 2
   fi
   # Ray takes its token along to a cluster that it finds by itself, not to one with an address.
-  if [ -n "${RAY_ADDRESS:-}" ] && [ -s "${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}" ]; then
+  local token=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
+  if [ -n "${RAY_ADDRESS:-}" ] && { [ -n "${RAY_AUTH_TOKEN:-}" ] || [ -s "$token" ]; }; then
     export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}
   fi
   exec python -m verl.trainer.main_ppo --config-dir=recipes --config-name="$preset" \

@@ -19,6 +19,6 @@
 # multiples of 5: 500 and 125 are, 125 divides 500, and the 1,250 rows of a mini-batch divide among the 2 data-parallel
 # groups of 8 GPUs. For 512: data.train_batch_size=512 actor_rollout_ref.actor.ppo_mini_batch_size=128 (published only).
 #
-# Hardware: 8 GPUs of 80 GB. Expected: 30 to 42 hours on H100, an estimate (recipes/README.md), not measured.
+# Hardware: 8 GPUs of 80 GB. Expected: 29 to 42 hours on H100, an estimate (recipes/README.md), not measured.
 source "$(dirname "$0")/launch.sh"
 launch "riskpo/${SETTINGS:-published}/dapomath" dapomath "$@"

@@ -16,7 +16,7 @@
 # SETTINGS=exact      the paper's objective with this project's exact credit
 # In all: 5 responses of at most 1,024 tokens, learning rate 1e-6, no KL, engines on 2 GPUs, 200 steps, test every 5,
 # save every 10. The script's 1,024 questions and mini-batches of 512 are no multiples of 5: 1,000 and 500 are, 500
-# divides 1,000, and the 2,500 rows of a mini-batch divide among 4 GPUs (among 8 they are shared out to within one row).
+# divides 1,000, and the 2,500 rows of a mini-batch divide among 4 GPUs (rows are shared out by tokens, so 8 do as well).
 # For 1,024: data.train_batch_size=1024 actor_rollout_ref.actor.ppo_mini_batch_size=512 (published only).
 #
 # Hardware: 4 GPUs of 80 GB. Expected: 6 to 13 hours on H100, an estimate (recipes/README.md), not measured.

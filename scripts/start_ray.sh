@@ -6,7 +6,7 @@
 #   bash scripts/start_ray.sh join ADDRESS:PORT     on every other node
 #   NODES=2 bash scripts/run_....sh                 then on the first node, once all have joined
 #
-# Further arguments go to `ray start`, e.g. --num-gpus=4 or --node-ip-address=10.0.0.1. PORT is the head's (6379).
+# Further arguments go to `ray start`, e.g. --num-gpus=4. RAY_PORT is the port of the first node (6379).
 # All nodes need the same Python environment, and a folder in common for the runs (trainer.default_local_dir).
 #
 # Whoever reaches the port can run programs on the cluster, so nodes and drivers show a token. It is made on the first
@@ -29,8 +29,9 @@ case "${1:-}" in
       mkdir -p "$(dirname "$token_file")"
       (umask 077 && python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$token_file")
     fi
-    port=${PORT:-6379}
-    echo "On every other node: bash scripts/start_ray.sh join $(hostname -I | cut -d' ' -f1):$port"
+    port=${RAY_PORT:-6379}
+    address=$(python -c 'import ray; print(ray.util.get_node_ip_address())')
+    echo "on every other node: bash scripts/start_ray.sh join $address:$port"
     [ "$RAY_AUTH_MODE" != token ] || echo "with this node's $token_file (or RAY_AUTH_TOKEN) there as well"
     exec ray start --head --port="$port" --include-dashboard=false --block "$@"
     ;;

@@ -1,6 +1,7 @@
 """scripts/start_ray.sh: two nodes on one machine, a launch script across them, and what is refused."""
 
 import contextlib
+import re
 import shutil
 import socket
 import subprocess
@@ -66,7 +67,7 @@ def cluster(tmp_path) -> Iterator[dict[str, str]]:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    variables = environment(RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"), PORT=port)
+    variables = environment(RAY_AUTH_TOKEN_PATH=str(tmp_path / "token"), RAY_PORT=port)
     cpu = ["--num-cpus=1", "--num-gpus=0", "--object-store-memory=100000000"]
     try:
         with (
@@ -99,7 +100,10 @@ def test_a_launch_script_trains_across_two_nodes(cluster, tiny_model, tmp_path):
         [*command, f"trainer.default_local_dir={run_dir}"], env=variables, capture_output=True, text=True, timeout=400
     )
     assert result.returncode == 0, result.stderr[-2000:]
-    assert "join" in (tmp_path / "head.log").read_text()
+    port = cluster["RAY_PORT"]
+    assert re.search(
+        rf"on every other node: bash scripts/start_ray.sh join \S+:{port}\n", (tmp_path / "head.log").read_text()
+    )
     logged = steps(run_dir)
     assert [step["step"] for step in logged] == [1, 2]
     assert all(step["actor/grad_norm"] > 0 for step in logged)
