@@ -37,7 +37,8 @@ def score(data_source, solution_str, ground_truth, extra_info=None) -> float:
 
 
 def make_data(folder: Path) -> Path:
-    """`easymath` (4 training questions) and `dapomath` (10), by the data scripts from copies of the published schema."""
+    """`easymath` (4 training questions) and `dapomath` (10), made by the data scripts from copies in the published
+    schema."""
     source = folder / "copies"
     copies.math(source)
     copies.gsm8k(source)
