@@ -5,7 +5,7 @@
 #   bash scripts/run_qwen2.5_1.5b_MVaR_dapomath.sh                             # one node of 8 GPUs
 #   GPUS=4 bash scripts/run_qwen2.5_1.5b_MVaR_dapomath.sh                      # of 4
 #   NODES=2 bash scripts/run_qwen2.5_1.5b_MVaR_dapomath.sh                     # a Ray cluster, scripts/start_ray.sh
-#   SETTINGS=paper bash scripts/run_qwen2.5_1.5b_MVaR_dapomath.sh trainer.seed=2
+#   SETTINGS=paper bash scripts/run_qwen2.5_1.5b_MVaR_dapomath.sh trainer.total_training_steps=100
 #   bash scripts/run_qwen2.5_1.5b_grpo_dapomath.sh                             # to compare with; also dapo
 #
 # Environment variables: MODEL, DATA, GPUS, NODES, SETTINGS (scripts/launch.sh). Arguments are Hydra overrides.

@@ -5,7 +5,7 @@
 #   bash scripts/run_qwen2.5_1.5b_MVaR_math.sh                                 # one node of 4 GPUs
 #   GPUS=8 bash scripts/run_qwen2.5_1.5b_MVaR_math.sh                          # of 8
 #   NODES=2 bash scripts/run_qwen2.5_1.5b_MVaR_math.sh                         # a Ray cluster, scripts/start_ray.sh
-#   SETTINGS=paper bash scripts/run_qwen2.5_1.5b_MVaR_math.sh trainer.seed=2
+#   SETTINGS=paper bash scripts/run_qwen2.5_1.5b_MVaR_math.sh trainer.total_training_steps=100
 #   bash scripts/run_qwen2.5_1.5b_grpo_math.sh                                 # to compare with; also dapo
 #
 # Environment variables: MODEL, DATA, GPUS, NODES, SETTINGS (scripts/launch.sh). Arguments are Hydra overrides.
