@@ -61,8 +61,9 @@ def ensure_ray(nnodes: int = 1, num_cpus: int | None = None) -> bool:
         ray.init(address=address, logging_level=logging.ERROR)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no Ray cluster at {address} ({_one_line(error)}); run `ray start` on each node first, "
-            "or for one node unset RAY_ADDRESS and set trainer.nnodes=1"
+            f"no Ray cluster at {address} ({_one_line(error)}); run `ray start` on each node first "
+            "(scripts/start_ray.sh; if it has a token, set RAY_AUTH_MODE=token), or for one node unset RAY_ADDRESS and "
+            "set trainer.nnodes=1"
         ) from error
     return False
 

@@ -38,7 +38,8 @@ def load_config(
     valid ones), a value of the wrong type, a missing preset, and a required key that is not set.
     """
     if not (preset_dir / f"{preset}.yaml").is_file():
-        known = ", ".join(sorted(path.stem for path in preset_dir.glob("*.yaml")))
+        files = (path.relative_to(preset_dir).with_suffix("") for path in preset_dir.rglob("*.yaml"))
+        known = ", ".join(sorted(path.as_posix() for path in files))
         raise ConfigError(f"--config-name={preset}: no such preset in {preset_dir}; there are {known}")
     ConfigStore.instance().store(name="schema", node=schema)
     checked = [_checked(text, schema) for text in overrides]
