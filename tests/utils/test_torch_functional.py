@@ -10,10 +10,16 @@ def naive(hidden, weight, labels, temperature):
     return log_p.gather(1, labels[:, None]).squeeze(1), -(log_p.exp() * log_p).sum(1)
 
 
+@pytest.mark.parametrize("used", [(0, 1), (0,), (1,)])  # log-probs and entropies, one of them alone
+@pytest.mark.parametrize("kept_elements", [1 << 24, 0])  # kept for the backward pass, and computed again
 @pytest.mark.parametrize("chunk_elements", [1 << 24, 40])  # one chunk, and chunks of 3 of the 10 tokens
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_log_prob_entropy_and_gradients_equal_the_naive_ones(monkeypatch, chunk_elements, temperature):
+def test_log_prob_entropy_and_gradients_equal_the_naive_ones(
+    monkeypatch, chunk_elements, kept_elements, used, temperature
+):
     monkeypatch.setattr(torch_functional, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(torch_functional, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(torch_functional, "KEPT_ELEMENTS", kept_elements)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 6, generator=generator, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(13, 6, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -21,9 +27,9 @@ def test_log_prob_entropy_and_gradients_equal_the_naive_ones(monkeypatch, chunk_
     up = torch.randn(2, 10, generator=generator, dtype=torch.float64)
 
     expected = naive(hidden, weight, labels, temperature)
-    expected_grads = torch.autograd.grad((torch.stack(expected) * up).sum(), (hidden, weight))
+    expected_grads = torch.autograd.grad(sum((expected[i] * up[i]).sum() for i in used), (hidden, weight))
     got = log_prob_and_entropy(hidden, weight, labels, temperature)
-    grads = torch.autograd.grad((torch.stack(got) * up).sum(), (hidden, weight))
+    grads = torch.autograd.grad(sum((got[i] * up[i]).sum() for i in used), (hidden, weight))
     for a, b in zip([*got, *grads], [*expected, *expected_grads], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=2e-5, atol=2e-6)
 

@@ -4,51 +4,64 @@ from typing import Any
 
 import torch
 
-# Logits held at once, in elements: 2^24 float32 logits are 64 MiB.
-CHUNK_ELEMENTS = 1 << 24
+# Logits held at once, in elements: chunks that stay in a CPU's cache; but of so many tokens that the head, which every
+# chunk reads whole, is read seldom enough.
+CHUNK_ELEMENTS, MIN_CHUNK_TOKENS = 1 << 18, 256
+KEPT_ELEMENTS = 1 << 22  # so few are kept for the backward pass (16 MiB); more are computed again
 
 
 class _LogProbEntropy(torch.autograd.Function):
     """log softmax(h W^T / temperature) at the labels, and its entropy, a chunk of tokens at a time.
 
-    Neither pass holds more than one chunk of logits; the backward pass computes them again. With p the softmax,
-    d logp / d logits = onehot - p and d entropy / d logits = -p (log p + entropy).
+    Neither pass holds more than one chunk of logits; the backward pass computes them again, unless they are few. With p
+    the softmax, d logp / d logits = onehot - p and d entropy / d logits = -p (log p + entropy).
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, temperature: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)  # where no entropy is asked for, its gradient is None, not zeros
         log_prob = torch.empty(len(labels), dtype=torch.float32, device=hidden.device)
         entropy = torch.empty_like(log_prob)
+        keep = any(ctx.needs_input_grad) and len(labels) * weight.shape[0] <= KEPT_ELEMENTS
+        kept = []
         for rows in _chunks(len(labels), weight.shape[0]):
             log_p = _log_softmax(hidden[rows], weight, temperature)
             log_prob[rows] = log_p.gather(1, labels[rows, None]).squeeze(1)
             entropy[rows] = -(log_p.exp() * log_p).sum(1)
-        ctx.save_for_backward(hidden, weight, labels)
+            if keep:
+                kept.append(log_p)
+        ctx.save_for_backward(hidden, weight, labels, *kept)
         ctx.temperature = temperature
         return log_prob, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         grad_log_prob, grad_entropy = grads
-        hidden, weight, labels = ctx.saved_tensors
+        hidden, weight, labels, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for rows in _chunks(len(labels), weight.shape[0]):
-            log_p = _log_softmax(hidden[rows], weight, ctx.temperature)
+        for number, rows in enumerate(_chunks(len(labels), weight.shape[0])):
+            log_p = kept[number] if kept else _log_softmax(hidden[rows], weight, ctx.temperature)
             p = log_p.exp()
-            entropy = -(p * log_p).sum(1, keepdim=True)
-            grad = p * -(grad_log_prob[rows, None] + grad_entropy[rows, None] * (log_p + entropy))
-            grad.scatter_add_(1, labels[rows, None], grad_log_prob[rows, None])
-            grad = (grad / ctx.temperature).to(hidden.dtype)
+            factor = torch.zeros(len(p), 1, device=p.device)
+            if grad_log_prob is not None:
+                factor = factor + grad_log_prob[rows, None]
+            if grad_entropy is not None:
+                entropy = -(p * log_p).sum(1, keepdim=True)
+                factor = factor + grad_entropy[rows, None] * (log_p + entropy)
+            grad = p.mul_(-factor)
+            if grad_log_prob is not None:
+                grad.scatter_add_(1, labels[rows, None], grad_log_prob[rows, None])
+            grad = (grad if ctx.temperature == 1.0 else grad / ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
             grad_weight += grad.T @ hidden[rows]
         return grad_hidden, grad_weight.to(weight.dtype), None, None
 
 
 def _chunks(n_tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    size = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // vocabulary)
     return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
 
 
