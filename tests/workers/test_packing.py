@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from verl.workers import packing
 from verl.workers.packing import Buckets, Placement, VarLen, check_kernel, flash_varlen, torch_varlen, varlen_kernel
 
 CPU = torch.device("cpu")
@@ -53,12 +54,14 @@ def slow_kernel(query, key, value, query_starts, key_starts, longest_query, long
     return torch.cat(outputs)
 
 
-@pytest.mark.parametrize("packing", [lambda w: Buckets(w, CPU), lambda w: VarLen(w, CPU, slow_kernel)])
+@pytest.mark.parametrize("plain_scores", [0, 1 << 22])  # torch's attention, and all scores at once
+@pytest.mark.parametrize("make", [lambda w: Buckets(w, CPU), lambda w: VarLen(w, CPU, slow_kernel)])
 @pytest.mark.parametrize(("scale", "window"), [(None, None), (0.2, 2), (None, 100)])
-def test_each_token_attends_to_its_own_sequence(packing, scale, window):
+def test_each_token_attends_to_its_own_sequence(monkeypatch, plain_scores, make, scale, window):
+    monkeypatch.setattr(packing, "PLAIN_SCORES", plain_scores)
     tensors = [random_tokens(4), random_tokens(2), random_tokens(1).expand(-1, 2, -1)]
     expected = one_at_a_time(placement(), *tensors, scale, window)
-    found = packing(placement()).attend(*tensors, scale, window)
+    found = make(placement()).attend(*tensors, scale, window)
     torch.testing.assert_close(found, expected)
     weights = torch.randn(expected.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
     for a, b in zip(
@@ -110,9 +113,9 @@ def test_the_kernels_gradients_are_those_of_the_buckets():
     kernel = varlen_kernel(device)
     for window in (None, 2):
         results = []
-        for packing in (Buckets(placement(), device), VarLen(placement(), device, kernel)):
+        for way in (Buckets(placement(), device), VarLen(placement(), device, kernel)):
             tensors = [random_tokens(n).detach().to(device, torch.bfloat16).requires_grad_() for n in (4, 2, 2)]
-            output = packing.attend(*tensors, None, window)
+            output = way.attend(*tensors, None, window)
             results.append([output, *torch.autograd.grad(output.square().sum(), tensors)])
         for a, b in zip(*results, strict=True):
             torch.testing.assert_close(a, b, rtol=0.05, atol=0.05)

@@ -32,16 +32,18 @@ class _LogProbEntropy(torch.autograd.Function):
             entropy[rows] = -(log_p.exp() * log_p).sum(1)
             if keep:
                 kept.append(log_p)
+            del log_p  # before the next chunk is made
         ctx.save_for_backward(hidden, weight, labels, *kept)
         ctx.temperature = temperature
         return log_prob, entropy
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         grad_log_prob, grad_entropy = grads
         hidden, weight, labels, *kept = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        trained = ctx.needs_input_grad[1]  # not under adapters
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
         for number, rows in enumerate(_chunks(len(labels), weight.shape[0])):
             log_p = kept[number] if kept else _log_softmax(hidden[rows], weight, ctx.temperature)
             p = log_p.exp()
@@ -56,8 +58,10 @@ class _LogProbEntropy(torch.autograd.Function):
                 grad.scatter_add_(1, labels[rows, None], grad_log_prob[rows, None])
             grad = (grad if ctx.temperature == 1.0 else grad / ctx.temperature).to(hidden.dtype)
             grad_hidden[rows] = grad @ weight
-            grad_weight += grad.T @ hidden[rows]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+            if grad_weight is not None:
+                grad_weight += grad.T @ hidden[rows]
+            del log_p, p, grad  # before the next chunk is made
+        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
 def _chunks(n_tokens: int, vocabulary: int) -> list[slice]:
@@ -67,7 +71,7 @@ def _chunks(n_tokens: int, vocabulary: int) -> list[slice]:
 
 def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:
     logits = (hidden @ weight.T).float()
-    return torch.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
+    return torch.log_softmax(logits if temperature == 1.0 else logits.div_(temperature), dim=-1)
 
 
 def log_prob_and_entropy(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig, P
 
 from verl.utils.random import uniform
 from verl.workers.rollout.base import GenerationOutput, SamplingParams
+from verl.workers.rollout.kv_cache import make_cache
 
 
 @dataclass
@@ -97,7 +98,7 @@ class HFRollout:
     def _generate_group(
         self, group: _Group, keys: torch.Tensor, params: SamplingParams, output: GenerationOutput
     ) -> None:
-        cache = DynamicCache(config=self.model.config)
+        cache = make_cache(self.model.config)
         prompt_of_row = group.prompt_of_row.to(self.device)
         logits = self._forward(group.prompts.to(self.device), cache)[prompt_of_row]
         cache.batch_select_indices(prompt_of_row)
@@ -116,7 +117,7 @@ class HFRollout:
             keep = (~ended[alive]).nonzero().squeeze(1)
             if len(keep) == 0 or position + 1 == params.max_tokens:
                 break
-            # Dropping rows copies the cache, as every step does once: worth it when a few are saved.
+            # Dropping rows copies the cache: worth it when some are saved.
             if len(keep) <= 0.9 * len(alive):
                 cache.batch_select_indices(keep)
                 alive, token = alive[keep], token[keep]
