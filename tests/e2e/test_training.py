@@ -296,8 +296,9 @@ def test_workers_that_share_packed_rows_give_the_same_first_step(ray_cluster, fi
     """Ulysses: two workers, two attention heads, one key-value head."""
     local = train(config(*files, tmp_path / "local", *varied_reward, "actor_rollout_ref.actor.use_kl_loss=True"))
     two = ["trainer.worker_group=ray", "trainer.n_gpus_per_node=2", "actor_rollout_ref.actor.use_kl_loss=True"]
-    two.append("actor_rollout_ref.actor.ulysses_sequence_parallel_size=2")
+    two += ["actor_rollout_ref.actor.ulysses_sequence_parallel_size=2", "trainer.profile_steps=[1]"]
     assert_agree(train(config(*files, tmp_path / "shared", *varied_reward, *two))[1], local[1])
+    assert gzip.decompress((tmp_path / "shared" / "profile" / "step_1.json.gz").read_bytes())  # worker 0's alone
 
 
 def assert_agree(step: dict, expected: dict) -> None:

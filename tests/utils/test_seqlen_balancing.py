@@ -37,7 +37,17 @@ def test_micro_batches_hold_rows_of_similar_length_within_the_budget():
 
 
 def test_micro_batches_are_filled_in_order_up_to_the_budget():
-    parts = split_by_sum(LENGTHS, 31, np.arange(10)[::-1])
+    nothing = np.zeros(10, dtype=np.int64)
+    parts = split_by_sum(LENGTHS, 31, np.arange(10)[::-1], nothing)
     assert [part.tolist() for part in parts] == [[9, 8], [7], [6, 5], [4, 3, 2], [1], [0]]
     with pytest.raises(ValueError, match="30 tokens exceeds the micro-batch budget of 29"):
-        split_by_sum(LENGTHS, 29, np.arange(10))
+        split_by_sum(LENGTHS, 29, np.arange(10), nothing)
+
+
+def test_what_rows_share_counts_once_in_a_micro_batch():
+    lengths = np.array([10, 12, 11, 10, 10])
+    shared = np.array([0, 8, 8, 8, 0])  # the four first have a prompt of 8 tokens
+    parts = split_by_sum(lengths, 17, np.arange(5), shared)
+    # 10 + 4 + 3 = 17; then the prompt again: 10, and no room for another prompt
+    assert [part.tolist() for part in parts] == [[0, 1, 2], [3], [4]]
+    assert [part.tolist() for part in split_by_sum(lengths, 20, np.arange(5), shared)] == [[0, 1, 2], [3, 4]]

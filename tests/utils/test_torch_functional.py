@@ -18,7 +18,7 @@ def test_log_prob_entropy_and_gradients_equal_the_naive_ones(
     monkeypatch, chunk_elements, kept_elements, used, temperature
 ):
     monkeypatch.setattr(torch_functional, "CHUNK_ELEMENTS", chunk_elements)
-    monkeypatch.setattr(torch_functional, "MIN_CHUNK_TOKENS", 1)
+    monkeypatch.setattr(torch_functional, "head_chunk_tokens", lambda device: 1)
     monkeypatch.setattr(torch_functional, "KEPT_ELEMENTS", kept_elements)
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(10, 6, generator=generator, dtype=torch.float64, requires_grad=True)

@@ -17,7 +17,7 @@ from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import LocalWorkerGroup
 from verl.trainer.config.schema import OptimConfig
 from verl.workers import engine_checkpoint
-from verl.workers.fsdp_engine import FSDPEngine
+from verl.workers.fsdp_engine import FSDPEngine, check_gradient_memory
 from verl.workers.model import ScoringModel, load_language_model, switch_off_dropout
 
 
@@ -138,6 +138,26 @@ def test_a_run_of_gradients_that_are_not_finite_stops(start):
         group.step(seed, poison=True)
     with pytest.raises(RuntimeError, match="not finite in 10 updates in a row: .*lower the learning rate"):
         group.step(10, poison=True)
+
+
+def test_saving_before_the_first_update_changes_nothing(start, tmp_path):
+    """As in the steps in which only a critic is trained."""
+    saved, loaded, never = start(), start(), start()
+    saved.save(tmp_path)
+    loaded.load(tmp_path)
+    for group in (saved, loaded, never):
+        group.step(1)
+        group.step(2)
+    assert_equal(saved.weights(), never.weights())
+    assert_equal(loaded.weights(), never.weights())
+
+
+def test_whole_gradients_must_fit_beside_the_optimizer(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 << 30, 80 << 30))
+    check_gradient_memory(4 << 30, 1 << 30, device)  # 16 of 16 GiB
+    with pytest.raises(ValueError, match=r"reduce_per_mini_batch=True keeps 16\.0 GiB .* 12\.0 GiB free beside"):
+        check_gradient_memory(4 << 30, 2 << 30, device)
 
 
 def test_a_loaded_checkpoint_takes_the_configured_rates(start, tmp_path):

@@ -3,6 +3,7 @@
 import json
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,8 @@ from verl.utils.random import generator
 from verl.workers.reward.function import RewardFunction
 
 COLUMNS = ["data_source", "reward_model", "responses", "response_lengths", "finished"]
-CALLS = 1024  # responses handed to the scoring processes at a time: each carries its ground truth
+CALLS = 1024  # responses handed to the scoring processes together: each carries its ground truth
+WAITING = 16  # of those parts at a time, so that one that waits for a stuck call keeps no other from its turn
 
 
 @dataclass
@@ -40,6 +42,10 @@ class Scores:
     lengths: list[int] = field(default_factory=list)
     finished: list[bool] = field(default_factory=list)
     failures: Counter = field(default_factory=Counter)
+
+    def add(self, others: "Scores") -> None:
+        for name, values in vars(others).items():
+            setattr(self, name, getattr(self, name) + values)
 
 
 class Evaluation:
@@ -70,20 +76,26 @@ class Evaluation:
         n = len(self._row(places[0])["responses"])
         per_call = max(1, CALLS // n)
         console = Console(stderr=True)
-        starts = track(range(0, len(places), per_call), source, console=console, disable=not console.is_terminal)
-        for start in starts:
-            rows = {f"{file}:{row}": self._row((file, row)) for file, row in places[start : start + per_call]}
-            batch, texts = as_batch(rows)
-            _, extras, metrics = self.reward(batch, texts)
-            scores.question_ids += batch["question_id"].tolist()
-            scores.levels += batch["level"].tolist()
-            scores.acc += extras["acc"].tolist()
-            scores.answers += extras["pred"].tolist()
-            scores.failures.update({kind: int(metrics[f"reward/{kind}"]) for kind in FAILURES})
-            for row in rows.values():
-                scores.lengths += row["response_lengths"]
-                scores.finished += row["finished"]
+        parts = [places[start : start + per_call] for start in range(0, len(places), per_call)]
+        with ThreadPoolExecutor(WAITING if self.config.reward_model.num_workers else 1) as threads:
+            scored = threads.map(self._score_part, parts)
+            for part in track(scored, source, len(parts), console=console, disable=not console.is_terminal):
+                scores.add(part)
         return scores
+
+    def _score_part(self, places: list[tuple[int, int]]) -> Scores:
+        rows = {f"{file}:{row}": self._row((file, row)) for file, row in places}
+        batch, texts = as_batch(rows)
+        _, extras, metrics = self.reward(batch, texts)
+        return Scores(
+            batch["question_id"].tolist(),
+            batch["level"].tolist(),
+            extras["acc"].tolist(),
+            extras["pred"].tolist(),
+            [length for row in rows.values() for length in row["response_lengths"]],
+            [finished for row in rows.values() for finished in row["finished"]],
+            Counter({kind: int(metrics[f"reward/{kind}"]) for kind in FAILURES}),
+        )
 
     def _row(self, place: tuple[int, int]) -> dict[str, Any]:
         file, row = place

@@ -51,8 +51,9 @@ def split_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     return parts
 
 
-def split_by_sum(lengths: np.ndarray, budget: int, order: np.ndarray) -> list[np.ndarray]:
+def split_by_sum(lengths: np.ndarray, budget: int, order: np.ndarray, shared: np.ndarray) -> list[np.ndarray]:
     """Micro-batches of rows that take at most `budget` tokens together, filled in the given order of indices.
+    shared: of each index, how many of its tokens it has in common with the one before it in `order`; they count once.
 
     Raises ValueError where one sequence alone exceeds the budget.
     """
@@ -60,11 +61,11 @@ def split_by_sum(lengths: np.ndarray, budget: int, order: np.ndarray) -> list[np
     parts: list[list[int]] = []
     taken = budget
     for index in order:
-        if taken + lengths[index] > budget:
+        if taken + lengths[index] - shared[index] > budget:
             parts.append([])
-            taken = 0
+            taken = shared[index]  # not in this micro-batch yet
         parts[-1].append(index)
-        taken += lengths[index]
+        taken += lengths[index] - shared[index]
     return [np.array(part, dtype=np.int64) for part in parts]
 
 

@@ -4,9 +4,11 @@ from typing import Any
 
 import torch
 
-# Logits held at once, in elements: chunks that stay in a CPU's cache; but of so many tokens that the head, which every
-# chunk reads whole, is read seldom enough.
-CHUNK_ELEMENTS, MIN_CHUNK_TOKENS = 1 << 18, 256
+from verl.utils.device import head_chunk_tokens
+
+# Logits held at once, in elements: chunks that stay in a CPU's cache; but of so many tokens (`head_chunk_tokens`) that
+# the head, which every chunk reads whole, and its gradient are gone through seldom enough.
+CHUNK_ELEMENTS = 1 << 18
 KEPT_ELEMENTS = 1 << 22  # so few are kept for the backward pass (16 MiB); more are computed again
 
 
@@ -26,7 +28,7 @@ class _LogProbEntropy(torch.autograd.Function):
         entropy = torch.empty_like(log_prob)
         keep = any(ctx.needs_input_grad) and len(labels) * weight.shape[0] <= KEPT_ELEMENTS
         kept = []
-        for rows in _chunks(len(labels), weight.shape[0]):
+        for rows in _chunks(labels, weight.shape[0]):
             log_p = _log_softmax(hidden[rows], weight, temperature)
             log_prob[rows] = log_p.gather(1, labels[rows, None]).squeeze(1)
             entropy[rows] = -(log_p.exp() * log_p).sum(1)
@@ -44,7 +46,7 @@ class _LogProbEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         trained = ctx.needs_input_grad[1]  # not under adapters
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if trained else None
-        for number, rows in enumerate(_chunks(len(labels), weight.shape[0])):
+        for number, rows in enumerate(_chunks(labels, weight.shape[0])):
             log_p = kept[number] if kept else _log_softmax(hidden[rows], weight, ctx.temperature)
             p = log_p.exp()
             factor = torch.zeros(len(p), 1, device=p.device)
@@ -64,9 +66,9 @@ class _LogProbEntropy(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None
 
 
-def _chunks(n_tokens: int, vocabulary: int) -> list[slice]:
-    size = max(MIN_CHUNK_TOKENS, CHUNK_ELEMENTS // vocabulary)
-    return [slice(start, min(start + size, n_tokens)) for start in range(0, n_tokens, size)]
+def _chunks(labels: torch.Tensor, vocabulary: int) -> list[slice]:
+    size = max(head_chunk_tokens(labels.device), CHUNK_ELEMENTS // vocabulary)
+    return [slice(start, min(start + size, len(labels))) for start in range(0, len(labels), size)]
 
 
 def _log_softmax(hidden: torch.Tensor, weight: torch.Tensor, temperature: float) -> torch.Tensor:

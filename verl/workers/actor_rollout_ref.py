@@ -52,17 +52,21 @@ class ActorRolloutRefWorker(CheckpointedWorker, SamplingWorker):
         self.tokenizer = load_tokenizer(model.path)
         engine = ENGINES[actor.strategy]
         settings = EngineSettings.of_actor(self.config)
-        lm = load_language_model(model.path, model.use_remove_padding)
+        with_own_weights = self.with_reference and not model.lora_rank  # with adapters: the actor without them
+        # All are loaded before any gets fast kernels: Liger's replace parts of the model's class as well, and what
+        # loading tries out, on the CPU, they cannot compute.
+        lm, *reference = [
+            load_language_model(model.path, model.use_remove_padding) for _ in range(1 + with_own_weights)
+        ]
         use_kernels(lm, self.config, self.device)
         if model.lora_rank:
             add_adapters(lm, model.lora_rank, model.lora_alpha)
         self.actor = engine(ScoringModel(lm), self.device, actor.optim, self.total_steps, settings)
-        self.reference = None  # with adapters, the actor without them
-        if self.with_reference and not model.lora_rank:
-            lm = load_language_model(model.path, model.use_remove_padding)
-            use_kernels(lm, self.config, self.device)
+        self.reference = None
+        if reference:
+            use_kernels(reference[0], self.config, self.device)
             settings = replace(settings, param_offload=self.config.ref.fsdp_config.param_offload)
-            self.reference = engine(ScoringModel(lm), self.device, settings=settings)
+            self.reference = engine(ScoringModel(reference[0]), self.device, settings=settings)
         self.policy_update = PolicyUpdate(self.actor, actor, rollout.temperature)
         self.sender: Any = None  # to engines outside this worker
         if rollout.name == "hf":
@@ -141,14 +145,16 @@ class ActorRolloutRefWorker(CheckpointedWorker, SamplingWorker):
 
     @register(Dispatch.RANK_ZERO)
     def start_profile(self) -> None:
-        """Record what this worker computes until `stop_profile`."""
-        self.profiler = Profiler(self.device)
-        self.profiler.start()
+        """Record what worker 0 computes until `stop_profile`."""
+        if self.rank == 0:
+            self.profiler = Profiler(self.device)
+            self.profiler.start()
 
     @register(Dispatch.RANK_ZERO)
     def stop_profile(self, path: str) -> None:
         """Write the record; see Profiler."""
-        self.profiler.stop(Path(path))
+        if self.rank == 0:
+            self.profiler.stop(Path(path))
 
     @register(Dispatch.ALL)
     def export(self, folder: str) -> None:

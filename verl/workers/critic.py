@@ -39,10 +39,10 @@ class ActorCriticWorker(ActorRolloutRefWorker):
     @register(Dispatch.ALL)
     def init_model(self) -> None:
         """Load the policy and the critic."""
-        super().init_model()
-        actor = self.config.actor
         path = self.critic_config.model.path or self.config.model.path
         model = load_value_model(path, self.config.model.use_remove_padding)
+        super().init_model()  # afterwards: it may replace parts of the model's class by kernels for a GPU
+        actor = self.config.actor
         use_kernels(model.lm, self.config, self.device)
         optim = replace(actor.optim, lr=self.critic_config.optim.lr)
         self.critic = ENGINES[actor.strategy](model, self.device, optim, self.critic_steps, self.actor.settings)

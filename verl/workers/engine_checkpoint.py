@@ -22,9 +22,15 @@ from verl.workers.fsdp_engine import FSDPEngine
 
 def state_dict(engine: FSDPEngine) -> dict[str, Any]:
     """Sharded state for torch.distributed.checkpoint."""
+    stepped = bool(engine.optimizer.state)
+    optimizer = get_optimizer_state_dict(engine.model, engine.optimizer)
+    if not stepped:
+        # To have something to return, torch has taken a step, at a learning rate of 0. It must not count.
+        for moments in engine.optimizer.state.values():
+            moments["step"].zero_()
     return {
         "model": get_model_state_dict(engine.model),
-        "optimizer": get_optimizer_state_dict(engine.model, engine.optimizer),
+        "optimizer": optimizer,
         "scheduler": engine.scheduler.state_dict(),
         "engine": {"skipped_in_a_row": engine.skipped_in_a_row},
     }

@@ -95,7 +95,9 @@ class FSDPEngine:
             self.optimizer = torch.optim.AdamW(trained, lr=optim.lr, weight_decay=optim.weight_decay)
             self.scheduler = lr_schedule(self.optimizer, optim, total_steps)
             if self.settings.reduce_per_mini_batch:
-                check_gradient_memory(sum(parameter.numel() for parameter in trained), device)
+                moments = 0 if self.settings.optimizer_offload else 2
+                own = sum(p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trained)
+                check_gradient_memory(sum(p.numel() for p in trained), moments * own, device)
         self._offload()
 
     # ---------------------------------------------------------------------------------------------------- memory
@@ -195,13 +197,14 @@ def set_trainable(model: nn.Module, trained: bool) -> None:
         parameter.requires_grad_(trained and (not adapters or is_adapter(name)))
 
 
-def check_gradient_memory(parameters: int, device: torch.device) -> None:
-    """ValueError if whole float32 gradients do not fit into what the GPU has free."""
+def check_gradient_memory(parameters: int, moments: int, device: torch.device) -> None:
+    """ValueError if whole float32 gradients, beside the optimizer's moments (so many numbers of this worker), do not
+    fit into what the GPU has free. Activations come on top."""
     if device.type != "cuda":
         return
-    needed, free = 4 * parameters, torch.cuda.mem_get_info(device)[0]
+    needed, free = 4 * parameters, torch.cuda.mem_get_info(device)[0] - 4 * moments
     if needed > free:
         raise ValueError(
             f"actor_rollout_ref.actor.fsdp_config.reduce_per_mini_batch=True keeps {needed / 2**30:.1f} GiB of "
-            f"gradients on every GPU, which has {free / 2**30:.1f} GiB free: set it to False"
+            f"gradients on every GPU, which has {free / 2**30:.1f} GiB free beside the optimizer: set it to False"
         )

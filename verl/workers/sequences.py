@@ -184,9 +184,11 @@ def _split(data: DataProto, spec: MicroBatchSpec, layout: Layout) -> list[np.nda
     lengths = sequence_lengths(data)
     if not layout.packed:
         return split_by_tokens(lengths, spec.max_tokens) if spec.rows is None else split_by_rows(lengths, spec.rows)
-    order = np.argsort(alike_prompts(data).numpy(), kind="stable")  # rows that share a prompt, together
+    first_alike = alike_prompts(data).numpy()
+    order = np.argsort(first_alike, kind="stable")  # rows that share a prompt, together
     if spec.rows is None:
-        return split_by_sum(lengths, spec.max_tokens * layout.workers, order)
+        shared = np.where(first_alike == np.arange(len(data)), 0, data["prompt_length"].numpy())
+        return split_by_sum(lengths, spec.max_tokens * layout.workers, order, shared)
     return runs(order, spec.rows)
 
 

@@ -35,6 +35,10 @@ def test_a_sound_configuration_passes():
         (["algorithm.risk.pairing=exactly"], "algorithm.risk.pairing=exactly"),
         (["algorithm.adv_estimator=riskop"], "algorithm.adv_estimator=riskop is not registered; did you mean riskpo"),
         (["trainer.critic_warmup=5"], "critic_warmup=5: algorithm.adv_estimator=riskpo has no critic; set it to 0"),
+        (
+            ["algorithm.adv_estimator=gae", "trainer.critic_warmup=5", "algorithm.rollout_correction.bypass_mode=True"],
+            "critic_warmup=5 with .*bypass_mode=True",
+        ),
         (["trainer.critic_warmup=-1"], "trainer.critic_warmup=-1 must be 0 or more"),
         (["algorithm.adv_estimator=gae", "critic.cliprange_value=0"], "critic.cliprange_value=0.0 must be greater"),
         (["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=1"], "rollout.n must be at least 2"),

@@ -1,6 +1,7 @@
 import asyncio
 import logging
 import pickle
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -39,7 +40,8 @@ def score(config, responses, answers=None, lengths=None):
 
 
 def failures(**counts):
-    return {f"reward/{kind}": counts.get(kind, 0.0) for kind in ("exceptions", "timeouts", "crashes", "non_finite")}
+    kinds = ("exceptions", "timeouts", "crashes", "non_finite")
+    return {f"reward/{kind}": counts.get(kind, 0.0) for kind in kinds} | {"reward/acc": ANY}
 
 
 def check_dry(reward, datasets):
@@ -212,3 +214,14 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
         scores, _, metrics = RewardManager(reward, RewardModelConfig(), pool)(data, responses)
     assert scores.sum(1).tolist() == [1, 0, 0, 0, 0, 1]
     assert metrics == failures(exceptions=1.0, timeouts=2.0, crashes=1.0)
+
+
+def test_failing_pays_no_more_than_being_wrong(monkeypatch):
+    manager = RewardManager(load_reward(PPOConfig()), RewardModelConfig())
+    responses, truths = [r"\boxed{3}", r"\boxed{4}", "x"], ["3", "3", "3"]
+    scores, extras, _ = manager(batch(["math_dapo"] * 3, truths, [3] * 3), responses)
+    assert scores.sum(dim=1).tolist() == [1, -1, -1]
+    monkeypatch.setattr(manager, "evaluate", lambda requests: [ValueError("it fails")] * len(requests))
+    scores, extras, metrics = manager(batch(["math_dapo", "openai/gsm8k", "math_dapo"], truths, [3] * 3), responses)
+    assert scores.sum(dim=1).tolist() == [-1, 0, -1]
+    assert extras["acc"].tolist() == [0, 0, 0] and metrics["reward/acc"] == 0

@@ -38,7 +38,7 @@ class Function(RewardFunction):
 
 
 def manager(function: Callable[[Any], Any]) -> RewardManager:
-    return RewardManager(Function(None, "function", {"function": function}), RewardModelConfig())
+    return RewardManager(Function("own.py", "function", {"function": function}), RewardModelConfig())
 
 
 def questions(n: int) -> DataProto:
@@ -149,3 +149,22 @@ def test_an_error_outside_the_reward_function_is_not_hidden():
     stream.add(np.array([0]), responses(1))
     with pytest.raises(MemoryError, match="no room"):
         stream.finish()
+
+
+def test_stuck_calls_in_several_parts_are_waited_for_together():
+    """With a pool: a part that waits for a stuck call does not keep the next from its turn."""
+    everyone_waits = threading.Barrier(3)
+
+    class Pool:
+        """Answers when three parts have been handed over."""
+
+        def evaluate(self, calls: list[Any]) -> list[float]:
+            everyone_waits.wait(timeout=20)
+            return [1.0] * len(calls)
+
+    stream = ScoreStream(
+        RewardManager(Function("own.py", "function", {}), RewardModelConfig(), Pool()), Letters(), questions(6)
+    )
+    for start in (0, 2, 4):
+        stream.add(np.arange(start, start + 2), responses(6))
+    assert [outcome.score for outcome in stream.finish()[1]] == [1.0] * 6

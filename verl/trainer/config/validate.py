@@ -232,6 +232,12 @@ def _check_algorithm(config: PPOConfig) -> None:
                 f"trainer.critic_warmup={config.trainer.critic_warmup}: algorithm.adv_estimator="
                 f"{algorithm.adv_estimator} has no critic; set it to 0, or algorithm.adv_estimator=gae"
             )
+        if config.trainer.critic_warmup and algorithm.rollout_correction.bypass_mode:
+            raise ConfigError(
+                f"trainer.critic_warmup={config.trainer.critic_warmup} with algorithm.rollout_correction."
+                "bypass_mode=True: in those steps nothing would compute the policy's entropy; set one of them to 0 or "
+                "False"
+            )
         for questions in {config.data.train_batch_size, config.data.gen_batch_size or config.data.train_batch_size}:
             estimator.check_num_questions(questions)
         get_policy_loss(actor.policy_loss.loss_mode)

@@ -55,10 +55,10 @@ class FixedKLController:
         """Nothing moves."""
 
     def state_dict(self) -> dict[str, Any]:
-        return {"value": self.value}
+        return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.value = float(state["value"])
+        """Nothing is taken over: the coefficient is the configuration's."""
 
 
 class AdaptiveKLController(FixedKLController):
@@ -79,6 +79,13 @@ class AdaptiveKLController(FixedKLController):
     def update(self, current_kl: float, num_responses: int) -> None:
         error = min(max(current_kl / self.target_kl - 1, -0.2), 0.2)
         self.value *= 1 + error * num_responses / self.horizon
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the value that was reached; from the configured one, after a run with a fixed coefficient."""
+        self.value = float(state.get("value", self.value))
 
 
 def get_kl_controller(config: KLCtrlConfig) -> FixedKLController:

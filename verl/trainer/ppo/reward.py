@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +97,7 @@ class Outcome:
 
 
 def read_result(result: Any) -> Outcome:
-    """A number, a dict with `score`, or an exception, as an outcome; a failed call scores 0."""
+    """A number, a dict with `score`, or an exception, as an outcome; a failed call scores 0 here."""
     if isinstance(result, ScoringTimeout | ScorerDied):
         failure = "timeouts" if isinstance(result, ScoringTimeout) else "crashes"
         return Outcome(0.0, failure=failure, message=str(result))
@@ -126,7 +126,7 @@ def as_number(value: Any) -> float | None:
 @register_reward_manager("naive")
 class RewardManager:
     """Scores batches, one response per call, in the processes of `pool` or (None) in this one; a call that fails scores
-    0, is counted by what happened to it, and is logged once per message.
+    as a wrong response, is counted by what happened to it, and is logged once per message.
 
     A manager of one's own overrides `evaluate` (how the function is called) or `shape` (what its scores are turned
     into), and says what it does: `takes_lists`, the function takes lists; `shapes_overlong`, it applies
@@ -153,7 +153,7 @@ class RewardManager:
          - extras, each (N,): `score` and `acc` (the function's, or else the score; float64), `pred` (the answer read,
            None if there is none to read; the response itself for a function that reads none), and the function's other
            fields as `reward_extra/{name}` (None where a row has none);
-         - metrics: `reward/exceptions`, `reward/timeouts`, `reward/crashes` and `reward/non_finite` (responses),
+         - metrics: `reward/acc` (mean), `reward/exceptions`, `reward/timeouts`, `reward/crashes` and `reward/non_finite` (responses),
            `reward_extra/{name}/mean` of numeric fields, and those of `shape`.
         """
         outcomes = self.outcomes(self.requests(batch, responses))
@@ -183,8 +183,15 @@ class RewardManager:
         return scores, {}
 
     def outcomes(self, requests: list[RewardRequest]) -> list[Outcome]:
-        """Call the reward function."""
-        return [read_result(result) for result in self.evaluate(requests)]
+        """Call the reward function. A failed call scores what a wrong response of its data source does, or 0 with a
+        function of one's own."""
+        found = []
+        for request, result in zip(requests, self.evaluate(requests), strict=True):
+            outcome = read_result(result)
+            if outcome.failure and self.reward.path is None:
+                outcome = replace(outcome, score=reward_score.wrong_score(request.data_source))
+            found.append(outcome)
+        return found
 
     def assemble(
         self, mask: torch.Tensor, responses: list[str], outcomes: list[Outcome]
@@ -198,6 +205,7 @@ class RewardManager:
         scores = torch.tensor([outcome.score for outcome in outcomes], dtype=torch.float32)
         extras, extra_metrics = _extras(outcomes, responses)
         scores, shape_metrics = self.shape(scores, mask)
+        metrics["reward/acc"] = float(extras["acc"].mean())
         return at_last_token(scores, mask), extras, metrics | extra_metrics | shape_metrics
 
     def _log(self, message: str) -> None:
@@ -207,7 +215,7 @@ class RewardManager:
         if len(self._logged) > MAX_MESSAGES:
             logger.warning("%s: further messages are not logged; reward/exceptions still counts them", self.reward)
         else:
-            logger.warning("%s failed, the response scores 0: %s", self.reward, message)
+            logger.warning("%s failed, the response scores as a wrong one: %s", self.reward, message)
 
 
 @register_reward_manager("dapo")
@@ -283,7 +291,9 @@ def _extras(outcomes: list[Outcome], responses: list[str]) -> tuple[dict[str, np
     acc = [as_number(outcome.values.get("acc")) for outcome in outcomes]
     extras: dict[str, np.ndarray] = {
         "score": np.array([outcome.score for outcome in outcomes]),
-        "acc": np.array([o.score if a is None else a for o, a in zip(outcomes, acc, strict=True)]),
+        "acc": np.array(
+            [0.0 if o.failure else o.score if a is None else a for o, a in zip(outcomes, acc, strict=True)]
+        ),
         "pred": object_array(
             [None if o.failure else o.values.get("pred", text) for o, text in zip(outcomes, responses, strict=True)]
         ),

@@ -5,15 +5,27 @@ import torch
 
 from verl.protocol import DataProto
 from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.groups import encode_ids
 from verl.utils.seqlen_balancing import balanced_partition, contiguous_partition
 from verl.workers.sequences import sequence_lengths
+
+QUESTIONS_PER_WORKER = 8  # enough of them balance as well as rows do
+
+
+def _units(uid: np.ndarray, workers: int) -> list[np.ndarray]:
+    """The rows (R,) that stay together: those of a question, or each alone where questions are few."""
+    questions, question = encode_ids(uid)
+    if len(questions) < QUESTIONS_PER_WORKER * workers:
+        return [np.array([row]) for row in range(len(uid))]
+    return np.split(np.argsort(question, kind="stable"), np.cumsum(np.bincount(question))[:-1])
 
 
 class UpdatePlan:
     """Which mini-batch each row belongs to, and which worker computes it.
 
     A mini-batch is `ppo_mini_batch_size` questions with all their rows, in batch order. Each one's rows are divided
-    among the workers, by tokens if `trainer.balance_batch`; a worker's rows of all mini-batches stay with it.
+    among the workers, by tokens if `trainer.balance_batch`: whole questions where there are enough of them, since a
+    worker computes the prompt of its packed rows once. A worker's rows of all mini-batches stay with it.
     """
 
     def __init__(self, mini_batch: torch.Tensor, rows: list[np.ndarray], lengths: np.ndarray) -> None:
@@ -42,10 +54,11 @@ class UpdatePlan:
         rows: list[list[np.ndarray]] = [[] for _ in range(workers)]
         for number in range(mini_batch[-1] + 1):
             index = np.flatnonzero(mini_batch == number)
-            balance = config.trainer.balance_batch
-            parts = (
-                balanced_partition(lengths[index], workers) if balance else contiguous_partition(len(index), workers)
-            )
+            units = [index[unit] for unit in _units(batch["uid"][index], workers)]
+            if config.trainer.balance_batch:
+                parts = balanced_partition([lengths[unit].sum() for unit in units], workers)
+            else:
+                parts = contiguous_partition(len(units), workers)
             for worker, part in enumerate(parts):
-                rows[worker].append(index[part])
+                rows[worker].append(np.concatenate([units[i] for i in part]))
         return cls(torch.from_numpy(mini_batch), [np.concatenate(parts) for parts in rows], lengths)

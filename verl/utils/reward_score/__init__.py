@@ -55,6 +55,11 @@ def check_data_source(data_source: str) -> None:
     find_scorer(data_source)
 
 
+def wrong_score(data_source: str) -> float:
+    """The score of a wrong response: what one gets whose scoring failed, so that failing pays no more."""
+    return dapo.WRONG if find_scorer(data_source) is dapo.compute_score else 0.0
+
+
 def compute_score(
     data_source: str,
     solution_str: str,
