@@ -106,7 +106,7 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     }
     assert report["data_sources"]["one"]["measures"]["mean@2"]["value"] == 0.5
     printed = capsys.readouterr().out
-    assert "one: calls of the reward function that failed and score 0: 1 exceptions, 1 timeouts" in printed
+    assert "one: calls of the reward function that failed: 1 exceptions, 1 timeouts" in printed
 
 
 def test_data_sources_may_have_different_numbers_of_responses(evaluate):

@@ -50,4 +50,4 @@ def test_what_rows_share_counts_once_in_a_micro_batch():
     parts = split_by_sum(lengths, 17, np.arange(5), shared)
     # 10 + 4 + 3 = 17; then the prompt again: 10, and no room for another prompt
     assert [part.tolist() for part in parts] == [[0, 1, 2], [3], [4]]
-    assert [part.tolist() for part in split_by_sum(lengths, 20, np.arange(5), shared)] == [[0, 1, 2], [3, 4]]
+    assert [part.tolist() for part in split_by_sum(lengths, 20, np.arange(5), shared)] == [[0, 1, 2, 3], [4]]

@@ -44,8 +44,9 @@ class Scores:
     failures: Counter = field(default_factory=Counter)
 
     def add(self, others: "Scores") -> None:
-        for name, values in vars(others).items():
-            setattr(self, name, getattr(self, name) + values)
+        self.failures.update(others.failures)
+        for name in ("question_ids", "levels", "acc", "answers", "lengths", "finished"):
+            getattr(self, name).extend(getattr(others, name))
 
 
 class Evaluation:

@@ -38,7 +38,7 @@ def test_one_table_in_a_file(report):
     assert "aime2024 30 25.0 [20.0, 31.2] 26.0 27.0 29.0 33.0 41.0 50.0 50.0 812" in lines
     assert "level 1 43 25.0 [20.0, 31.2] 26.0 27.0 29.0 33.0 41.0 50.0" in lines
     assert "average 25.0 [20.0, 31.2] 26.0 27.0 29.0 33.0 41.0 50.0" in lines
-    assert lines[-1] == "HuggingFaceH4/MATH-500: calls of the reward function that failed and score 0: 3 timeouts"
+    assert lines[-1] == "HuggingFaceH4/MATH-500: calls of the reward function that failed: 3 timeouts"
 
 
 def test_two_tables_on_a_narrow_console_with_every_number(report):

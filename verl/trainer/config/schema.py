@@ -333,9 +333,7 @@ class ScoringConfig:
         "How responses are scored: `naive` (one per call), `dapo` (and the overlong penalty), `batch` (lists of them).",
     )
     num_workers: int = key(4, "Processes that score; 0: the driver itself, for a debugger (no time-out then).")
-    timeout_s: float = key(
-        30.0, "A call that takes longer is killed with its process; it scores as wrong and is counted."
-    )
+    timeout_s: float = key(30.0, "A call that takes longer is killed with its process, scores as wrong and is counted.")
 
 
 @dataclass

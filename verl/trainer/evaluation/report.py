@@ -61,7 +61,7 @@ class Report:
         for name, source in self.sources.items():
             failed = ", ".join(f"{count} {kind}" for kind, count in source.failures.items() if count)
             if failed:
-                console.print(f"[bold]{name}[/bold]: calls of the reward function that failed and score 0: {failed}")
+                console.print(f"[bold]{name}[/bold]: calls of the reward function that failed: {failed}")
 
     def _names(self) -> list[str]:
         """Measures that are shown: mean@n, maj@n, pass@k by k. best@n is left to the JSON: where a response is right or

@@ -153,8 +153,8 @@ class RewardManager:
          - extras, each (N,): `score` and `acc` (the function's, or else the score; float64), `pred` (the answer read,
            None if there is none to read; the response itself for a function that reads none), and the function's other
            fields as `reward_extra/{name}` (None where a row has none);
-         - metrics: `reward/acc` (mean), `reward/exceptions`, `reward/timeouts`, `reward/crashes` and `reward/non_finite` (responses),
-           `reward_extra/{name}/mean` of numeric fields, and those of `shape`.
+         - metrics: `reward/acc` (mean), `reward/exceptions`, `reward/timeouts`, `reward/crashes` and
+           `reward/non_finite` (responses), `reward_extra/{name}/mean` of numeric fields, and those of `shape`.
         """
         outcomes = self.outcomes(self.requests(batch, responses))
         return self.assemble(batch["response_mask"], responses, outcomes)
@@ -288,12 +288,10 @@ def at_last_token(scores: torch.Tensor, response_mask: torch.Tensor) -> torch.Te
 
 
 def _extras(outcomes: list[Outcome], responses: list[str]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    acc = [as_number(outcome.values.get("acc")) for outcome in outcomes]
+    acc = [0.0 if outcome.failure else as_number(outcome.values.get("acc")) for outcome in outcomes]
     extras: dict[str, np.ndarray] = {
         "score": np.array([outcome.score for outcome in outcomes]),
-        "acc": np.array(
-            [0.0 if o.failure else o.score if a is None else a for o, a in zip(outcomes, acc, strict=True)]
-        ),
+        "acc": np.array([o.score if a is None else a for o, a in zip(outcomes, acc, strict=True)]),
         "pred": object_array(
             [None if o.failure else o.values.get("pred", text) for o, text in zip(outcomes, responses, strict=True)]
         ),
