@@ -20,15 +20,15 @@ N, P, T = 12, 5, 7
 class UpdateWorker(Worker):
     """Computes the gradient of one mini-batch without moving the weights."""
 
-    def __init__(self, model_path: str, **settings) -> None:
+    def __init__(self, model_path: str) -> None:
         self.model_path = model_path
-        self.settings = EngineSettings(grad_clip=1e9, **settings)  # padded, unless it says otherwise
 
     @register(Dispatch.ALL)
-    def build(self) -> None:
-        config = ActorConfig()
-        model = ScoringModel(load_language_model(self.model_path, self.settings.packed))
-        self.engine = FSDPEngine(model, self.device, config.optim, settings=self.settings)
+    def build(self, **settings) -> None:
+        """An engine, in place of the one before; padded, unless `settings` says otherwise."""
+        engine_settings = EngineSettings(grad_clip=1e9, **settings)
+        model = ScoringModel(load_language_model(self.model_path, engine_settings.packed))
+        self.engine = FSDPEngine(model, self.device, ActorConfig().optim, settings=engine_settings)
 
     @register(Dispatch.ROWS)
     def gradient(self, data: DataProto, config: ActorConfig, temperature: float) -> dict:
@@ -156,8 +156,8 @@ def assert_same(part: dict, whole: dict) -> None:
 
 
 def test_activation_checkpointing_changes_nothing(tiny_model, worker, batch):
-    group = LocalWorkerGroup(UpdateWorker, (str(tiny_model),), {"gradient_checkpointing": True}, device="cpu")
-    group.build()
+    group = LocalWorkerGroup(UpdateWorker, (str(tiny_model),), device="cpu")
+    group.build(gradient_checkpointing=True)
     config = ActorConfig()
     assert_same(group.gradient(batch, config, 1.0)[0], worker.gradient(batch, config, 1.0)[0])
     group.shutdown()
@@ -172,9 +172,8 @@ def grouped(batch) -> DataProto:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_packing_changes_nothing(tiny_model, worker, batch, grouped, checkpointing):
-    settings = {"packed": True, "gradient_checkpointing": checkpointing}
-    packed = LocalWorkerGroup(UpdateWorker, (str(tiny_model),), settings, device="cpu")
-    packed.build()
+    packed = LocalWorkerGroup(UpdateWorker, (str(tiny_model),), device="cpu")
+    packed.build(packed=True, gradient_checkpointing=checkpointing)
     for data in (batch, grouped):
         whole = worker.gradient(data, ActorConfig(ppo_micro_batch_size_per_gpu=N), 0.7)[0]
         log_prob = worker.log_prob(data, 0.7, 10_000)
@@ -198,47 +197,32 @@ def test_log_probs_do_not_depend_on_the_micro_batches(worker, batch):
     torch.testing.assert_close(part["entropy"], whole["entropy"], rtol=0, atol=1e-5)
 
 
-@pytest.mark.slow  # starts two Ray workers
-def test_two_workers_give_the_gradient_of_one(ray_cluster, tiny_model, worker, batch):
-    from verl.single_controller.ray_worker_group import RayWorkerGroup
-
-    whole = worker.gradient(batch, ActorConfig(), 1.0)[0]
-    log_prob = worker.log_prob(batch, 1.0, 10_000)
-    with RayWorkerGroup(UpdateWorker, (str(tiny_model),), n_workers_per_node=2, device="cpu") as group:
-        group.build()
-        for rows in (None, [list(range(9)), [9, 10, 11]], [list(range(N)), []]):
-            results = group.gradient(batch, ActorConfig(ppo_max_token_len_per_gpu=2 * (P + T)), 1.0, rows=rows)
-            for result in results:
-                assert_same(result, whole)
-        two = group.log_prob(batch, 1.0, 10_000, rows=[[3, 1, 2], [0, *range(4, N)]])
-        torch.testing.assert_close(two["log_prob"], log_prob["log_prob"], rtol=0, atol=1e-5)
+LAYOUTS = [{"packed": packed, "gradient_checkpointing": again} for packed in (False, True) for again in (False, True)]
+HYBRID = {"fsdp_size": 2, "reduce_per_mini_batch": True, "param_offload": True, "optimizer_offload": True}
+SHARED = {"packed": True, "sequence_parallel_size": 2}  # two workers share each row
 
 
-@pytest.mark.slow  # starts four Ray workers
-def test_four_workers_in_two_groups_give_the_gradient_of_one(ray_cluster, tiny_model, worker, batch):
-    """Hybrid sharding, gradients that are summed over workers once a mini-batch, and weights that move to and fro."""
-    from verl.single_controller.ray_worker_group import RayWorkerGroup
-
-    whole = worker.gradient(batch, ActorConfig(), 1.0)[0]
-    settings = {"fsdp_size": 2, "reduce_per_mini_batch": True, "param_offload": True, "optimizer_offload": True}
-    with RayWorkerGroup(UpdateWorker, (str(tiny_model),), settings, n_workers_per_node=4, device="cpu") as group:
-        group.build()
-        for rows in (None, [[0], [1, 2, 3, 4, 5], [], [6, 7, 8, 9, 10, 11]]):
-            for result in group.gradient(batch, ActorConfig(ppo_max_token_len_per_gpu=2 * (P + T)), 1.0, rows=rows):
-                assert_same(result, whole)
-
-
-@pytest.mark.slow  # starts four Ray workers
-def test_four_workers_of_which_two_share_each_row_give_the_gradient_of_one(ray_cluster, tiny_model, worker, grouped):
+@pytest.mark.slow  # starts Ray workers
+@pytest.mark.parametrize(
+    ("workers", "settings"),
+    [(2, [*LAYOUTS, SHARED]), (4, [*LAYOUTS, HYBRID, SHARED, SHARED | {"gradient_checkpointing": True}])],
+)
+def test_several_workers_give_the_gradient_of_one(ray_cluster, tiny_model, worker, grouped, workers, settings):
+    """However rows are divided, also where a worker has none."""
     from verl.single_controller.ray_worker_group import RayWorkerGroup
 
     whole = worker.gradient(grouped, ActorConfig(), 1.0)[0]
     log_prob = worker.log_prob(grouped, 1.0, 10_000)["log_prob"]
-    settings = {"packed": True, "sequence_parallel_size": 2, "gradient_checkpointing": True}
-    with RayWorkerGroup(UpdateWorker, (str(tiny_model),), settings, n_workers_per_node=4, device="cpu") as group:
-        group.build()
-        for rows in (None, [[0], [1, 2, 3, 4, 5], [], [6, 7, 8, 9, 10, 11]], [[], [], list(range(N)), []]):
-            for result in group.gradient(grouped, ActorConfig(ppo_max_token_len_per_gpu=P + T), 1.0, rows=rows):
-                assert_same(result, whole)
-            shared = group.log_prob(grouped, 1.0, P + T, rows=rows)
-            torch.testing.assert_close(shared["log_prob"], log_prob, rtol=0, atol=1e-5)
+    divisions = {
+        2: (None, [list(range(9)), [9, 10, 11]], [list(range(N)), []]),
+        4: (None, [[0], [1, 2, 3, 4, 5], [], [6, 7, 8, 9, 10, 11]], [[], [], list(range(N)), []]),
+    }
+    with RayWorkerGroup(UpdateWorker, (str(tiny_model),), n_workers_per_node=workers, device="cpu") as group:
+        for chosen in settings:
+            group.build(**chosen)
+            for rows in divisions[workers]:
+                results = group.gradient(grouped, ActorConfig(ppo_max_token_len_per_gpu=2 * (P + T)), 1.0, rows=rows)
+                for result in results:
+                    assert_same(result, whole)
+                several = group.log_prob(grouped, 1.0, 2 * (P + T), rows=rows)
+                torch.testing.assert_close(several["log_prob"], log_prob, rtol=0, atol=1e-5)
