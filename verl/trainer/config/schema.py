@@ -103,7 +103,8 @@ class ActorConfig:
     strategy: str = key("fsdp2", "Training engine; `fsdp2` is the one there is.")
     ppo_mini_batch_size: int = key(256, "Questions per optimizer step.")
     ppo_micro_batch_size_per_gpu: int | None = key(
-        None, "Rows per forward and backward pass of a worker; null: filled up to `ppo_max_token_len_per_gpu`."
+        None,
+        "Rows per forward and backward pass of a worker, any number; null: filled up to `ppo_max_token_len_per_gpu`.",
     )
     use_dynamic_bsz: bool = key(False, "Fill micro-batches to a token budget even if a fixed size is given.")
     ppo_max_token_len_per_gpu: int = key(16384, "Token budget of a micro-batch (prompt and response).")
