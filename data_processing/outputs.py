@@ -18,6 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HTTPError
 from rich.console import Console
 from rich.progress import track
 
@@ -39,6 +41,9 @@ FORMAT = 1  # raised when the rows made from an equal source change, so that old
 WRITE_BYTES = 16 << 20  # of text and images in one row group
 NAMED_PLACES = 10  # rows that the summary names per reason for leaving them out
 NO_ANSWER = "without an answer"
+# No connection, no such repository, no access; HTTPError (not an OSError): of the proxy, or of a connection that breaks
+# off; RuntimeError: of hf_xet, which transfers the files; DatasetsError: of a file that arrived broken.
+HUB_ERRORS = (OSError, HTTPError, RuntimeError, DatasetsError)
 
 
 @dataclass(frozen=True)
@@ -240,7 +245,7 @@ def make(arguments: argparse.Namespace, outputs: Sequence[Output]) -> None:
 def _from_hub(output: Output, outputs: Sequence[Output]) -> list[Table]:
     try:
         return open_source(output.source, None)
-    except OSError as error:  # of the hub's client: no connection, no such repository, no access
+    except HUB_ERRORS as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UnavailableError(
             f"cannot load {output.source.repo} from the hub ({cause}); {_remedy(outputs)}"
