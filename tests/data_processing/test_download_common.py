@@ -16,6 +16,7 @@ from data_processing import (
     download_easymath,
     download_geometry3k,
     download_livecodebench,
+    outputs,
     sources,
 )
 from data_processing.sources import UnavailableError
@@ -89,6 +90,16 @@ def test_summary_has_prompt_lengths_in_characters_or_tokens(tmp_path, tiny_model
     lengths = copies.summary(tmp_path / "out")["dapo-math-17k.parquet"]["prompt_length"]
     assert lengths["unit"] == "tokens"
     assert lengths["max"] == max(characters) + 2  # one token per byte, and the two role tokens of the template
+
+
+def test_without_a_terminal_progress_is_told_in_lines(tmp_path, monkeypatch, capsys):
+    copies.dapo_math(tmp_path)
+    make(tmp_path / "out", tmp_path, *DAPO)
+    assert capsys.readouterr().err == ""  # it was quick
+    monkeypatch.setattr(outputs, "TELL_S", 0.0)
+    make(tmp_path / "again", tmp_path, *DAPO)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"dapo-math-17k.parquet: {n} rows read of 12" for n in range(12)]
 
 
 def test_missing_copies_are_named_with_what_to_fetch(tmp_path):
