@@ -2,9 +2,9 @@
 
     python benchmarks/scoring.py [--calls N] [--workers W] [--rounds R] [--output FILE]
 
-Each number is the median of R rounds. A round has new processes, which have scored one answer but none of those that
-count, so that nothing is known from an earlier round. The batch whose calls hang or crash is the same batch with 1 % of
-the responses replaced by ones that sleep for ever and 1 % by ones that end their process.
+Each number is the median of R rounds. A round has new processes, which have scored an answer but none of those that
+count, so that nothing is remembered from an earlier round. In the batch that is disturbed, 1 % of the responses are
+replaced by ones that sleep for ever and 1 % by ones that end their process.
 """
 
 import argparse
@@ -119,50 +119,46 @@ def throughput(name: str, calls: int, workers: int, rounds: int) -> dict[str, An
     }
 
 
-def disturbed(requests: list[RewardRequest]) -> list[RewardRequest]:
-    """The same batch, of which 1 % hang and 1 % crash."""
-    replaced = {EVERY // 2: HANG, EVERY - 1: CRASH}
+def disturbed(requests: list[RewardRequest], first: str, second: str) -> list[RewardRequest]:
+    """The same batch, of which 1 % say `first` and 1 % `second`: to hang or to crash."""
+    replaced = {EVERY // 2: first, EVERY - 1: second}
     return [
         RewardRequest(r.data_source, replaced.get(i % EVERY, r.solution_str), r.ground_truth, r.extra_info)
         for i, r in enumerate(requests)
     ]
 
 
-def seconds_per_start(workers: int) -> float:
-    """What it takes to put a new process in the place of one that has crashed, per process."""
-    calls = 50 * workers
-    crashes = [RewardRequest("lighteval/MATH", CRASH, "1", {})] * calls
-    return in_a_pool(crashes, workers, LONG_S)[0] / calls
+def outcomes(results: list[Any], good: list[Any], requests: list[RewardRequest]) -> tuple[dict[str, int], bool]:
+    """How many calls ended how, and whether each as it should: `good` are the results of the undisturbed batch."""
+    kinds = {HANG: ScoringTimeout, CRASH: ScorerDied}
+    wanted = [kinds.get(request.solution_str, result) for request, result in zip(requests, good, strict=True)]
+    got = [type(result) if isinstance(result, Exception) else result for result in results]
+    counts = {"timeouts": got.count(ScoringTimeout), "deaths": got.count(ScorerDied)}
+    return counts | {"scored": len(got) - sum(counts.values())}, got == wanted
 
 
 def disturbance(calls: int, workers: int, rounds: int) -> dict[str, Any]:
-    """A batch of good calls, then the same with calls that hang and crash; `bound_s` is the time of the good ones plus
-    the time-out plus the starts of the processes that take a lost one's place."""
+    """Seconds of a batch of good calls; of the same with 2 % that crash, which says what new processes cost; and with
+    1 % that hang and 1 % that crash. `bound_s` is the second plus the time-out."""
     good = boxed_fractions(calls)
-    bad = disturbed(good)
-    hanging, crashing = ([i for i, r in enumerate(bad) if r.solution_str == what] for what in (HANG, CRASH))
-    found: dict[str, list[float]] = {"good_s": [], "disturbed_s": [], "seconds_per_start": [], "bound_s": []}
-    counts_right = True
+    crashing, both = disturbed(good, CRASH, CRASH), disturbed(good, HANG, CRASH)
+    seconds: dict[str, list[float]] = {"good_s": [], "crashing_s": [], "hanging_and_crashing_s": [], "bound_s": []}
+    as_expected = True
     for _ in range(rounds):
-        start_s = seconds_per_start(workers)
-        good_s, expected, _ = in_a_pool(good, workers, TIMEOUT_S)
-        disturbed_s, results, started = in_a_pool(bad, workers, TIMEOUT_S)
-        values = (good_s, disturbed_s, start_s, good_s + TIMEOUT_S + started * start_s)
-        for name, value in zip(found, values, strict=True):
-            found[name].append(value)
-        wanted: list[Any] = list(expected)
-        for kind, places in ((ScoringTimeout, hanging), (ScorerDied, crashing)):
-            for i in places:
-                wanted[i] = kind
-        got = [type(result) if isinstance(result, Exception) else result for result in results]
-        counts_right &= got == wanted
+        good_s, scores, _ = in_a_pool(good, workers, TIMEOUT_S)
+        crashing_s, _, _ = in_a_pool(crashing, workers, TIMEOUT_S)
+        both_s, results, started = in_a_pool(both, workers, TIMEOUT_S)
+        for times, value in zip(seconds.values(), (good_s, crashing_s, both_s, crashing_s + TIMEOUT_S), strict=True):
+            times.append(value)
+        counts, right = outcomes(results, scores, both)
+        as_expected &= right
     return {
         "calls": calls,
-        "hanging": len(hanging),
-        "crashing": len(crashing),
         "timeout_s": TIMEOUT_S,
-        **{name: round(median(values), 4) for name, values in found.items()},
-        "every_outcome_is_the_expected_one": counts_right,
+        **{name: round(median(times), 3) for name, times in seconds.items()},
+        "processes_started_meanwhile": started,
+        **counts,
+        "every_outcome_is_the_expected_one": as_expected,
     }
 
 

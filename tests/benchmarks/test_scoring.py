@@ -6,6 +6,7 @@ import pytest
 
 from benchmarks import scoring
 from verl.utils.reward_score import compute_score
+from verl.workers.reward.outcomes import ScorerDied, ScoringTimeout
 
 
 def right(requests) -> list[bool]:
@@ -22,7 +23,7 @@ def test_every_second_answer_of_the_generated_workloads_is_right():
 
 def test_one_percent_of_a_batch_hangs_and_one_percent_crashes():
     requests = scoring.gsm8k_answers(300)
-    bad = [request.solution_str for request in scoring.disturbed(requests)]
+    bad = [request.solution_str for request in scoring.disturbed(requests, scoring.HANG, scoring.CRASH)]
     assert [i for i, text in enumerate(bad) if text == scoring.HANG] == [50, 150, 250]
     assert [i for i, text in enumerate(bad) if text == scoring.CRASH] == [99, 199, 299]
     assert sum(text == request.solution_str for text, request in zip(bad, requests, strict=True)) == 294
@@ -38,9 +39,20 @@ def test_a_small_run_reports_throughput_and_outcomes(tmp_path):
         assert found["right"] == sum(right(scoring.WORKLOADS[name](100)))
         assert found["per_s_in_one_process"] > 0 and found["per_s_in_the_pool"] > 0
     found = report["hanging and crashing calls"]
-    assert (found["calls"], found["hanging"], found["crashing"]) == (100, 1, 1)
+    assert (found["timeouts"], found["deaths"], found["scored"]) == (1, 1, 98)
     assert found["every_outcome_is_the_expected_one"]
-    assert found["disturbed_s"] >= scoring.TIMEOUT_S and found["bound_s"] > found["good_s"] + scoring.TIMEOUT_S
+    assert found["hanging_and_crashing_s"] >= scoring.TIMEOUT_S and found["processes_started_meanwhile"] >= 2
+
+
+def test_outcomes_are_compared_call_by_call():
+    requests = scoring.disturbed(scoring.gsm8k_answers(100), scoring.HANG, scoring.CRASH)
+    results = [float(i) for i in range(100)]
+    results[50], results[99] = ScoringTimeout(), ScorerDied()
+    counts = {"timeouts": 1, "deaths": 1, "scored": 98}
+    good = [float(i) for i in range(100)]
+    assert scoring.outcomes(results, good, requests) == (counts, True)
+    results[50], results[49] = results[49], results[50]
+    assert scoring.outcomes(results, good, requests) == (counts, False)
 
 
 def test_a_batch_too_small_for_one_percent_is_refused(capsys):
