@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Features, Image, List, Value
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HTTPError
 from rich.console import Console
 from rich.progress import track
 
@@ -37,8 +40,12 @@ from verl.utils.tokenizer import load_tokenizer
 SUMMARY = "summary.json"
 FORMAT = 1  # raised when the rows made from an equal source change, so that older folders are made again
 WRITE_BYTES = 16 << 20  # of text and images in one row group
+TELL_S = 30.0  # between two lines about the progress, where no bar can be drawn
 NAMED_PLACES = 10  # rows that the summary names per reason for leaving them out
 NO_ANSWER = "without an answer"
+# No connection, no such repository, no access; HTTPError (not an OSError): of the proxy, or of a connection that breaks
+# off; RuntimeError: of hf_xet, which transfers the files; DatasetsError: of a file that arrived broken.
+HUB_ERRORS = (OSError, HTTPError, RuntimeError, DatasetsError)
 
 
 @dataclass(frozen=True)
@@ -170,12 +177,25 @@ def _row_groups(rows: Iterable[dict[str, Any]]) -> Iterator[list[dict[str, Any]]
         yield group
 
 
+def with_progress(records: Iterable[Record], file: str, total: int | None) -> Iterator[Record]:
+    """The records, with a bar on a terminal and now and then a line elsewhere, as under nohup or Slurm."""
+    console = Console(stderr=True)
+    if console.is_terminal:
+        yield from track(records, file, total, console=console)
+        return
+    told = time.monotonic()
+    for read, record in enumerate(records):
+        if time.monotonic() - told >= TELL_S:
+            told = time.monotonic()
+            print(f"{file}: {read} rows read" + (f" of {total}" if total else ""), file=sys.stderr, flush=True)
+        yield record
+
+
 def write(output: Output, tables: Sequence[Table], folder: Path, tokenizer: Any | None) -> dict[str, Any]:
     """Write one output; returns its summary."""
     lengths = [table.length for table in tables]
     total = None if None in lengths else sum(n for n in lengths if n is not None)
-    console = Console(stderr=True)
-    records = track(records_of(tables), output.file, total, console=console, disable=not console.is_terminal)
+    records = with_progress(records_of(tables), output.file, total)
     tally = Tally()
     schema = output.features.arrow_schema  # its metadata tells `datasets` which column holds images
     with pq.ParquetWriter(folder / output.file, schema, compression="zstd") as writer:
@@ -240,7 +260,7 @@ def make(arguments: argparse.Namespace, outputs: Sequence[Output]) -> None:
 def _from_hub(output: Output, outputs: Sequence[Output]) -> list[Table]:
     try:
         return open_source(output.source, None)
-    except OSError as error:  # of the hub's client: no connection, no such repository, no access
+    except HUB_ERRORS as error:
         cause = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise UnavailableError(
             f"cannot load {output.source.repo} from the hub ({cause}); {_remedy(outputs)}"

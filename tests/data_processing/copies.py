@@ -156,8 +156,9 @@ def packed(tests):
 
 
 def code_row(question_id, date="2024-09-01T00:00:00", kind="stdin", fn_name=None, **columns):
-    def case(text):
-        return {"input": text, "output": text.upper(), "testtype": kind}
+    def case(text):  # a functional test's are JSON
+        given, expected = (t if kind == "stdin" else json.dumps(t, ensure_ascii=False) for t in (text, text.upper()))
+        return {"input": given, "output": expected, "testtype": kind}
 
     return {
         "question_title": "Shout",

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from datasets.exceptions import DatasetGenerationError
+from huggingface_hub.utils import httpx
 
 from data_processing import (
     download_dapomath,
     download_easymath,
     download_geometry3k,
     download_livecodebench,
+    outputs,
     sources,
 )
 from data_processing.sources import UnavailableError
@@ -87,6 +90,16 @@ def test_summary_has_prompt_lengths_in_characters_or_tokens(tmp_path, tiny_model
     lengths = copies.summary(tmp_path / "out")["dapo-math-17k.parquet"]["prompt_length"]
     assert lengths["unit"] == "tokens"
     assert lengths["max"] == max(characters) + 2  # one token per byte, and the two role tokens of the template
+
+
+def test_without_a_terminal_progress_is_told_in_lines(tmp_path, monkeypatch, capsys):
+    copies.dapo_math(tmp_path)
+    make(tmp_path / "out", tmp_path, *DAPO)
+    assert capsys.readouterr().err == ""  # it was quick
+    monkeypatch.setattr(outputs, "TELL_S", 0.0)
+    make(tmp_path / "again", tmp_path, *DAPO)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [f"dapo-math-17k.parquet: {n} rows read of 12" for n in range(12)]
 
 
 def test_missing_copies_are_named_with_what_to_fetch(tmp_path):
@@ -174,6 +187,28 @@ def test_script_without_the_hub_says_what_to_fetch_and_where_to_put_it(tmp_path,
     assert "\n" not in message and "from the hub (ConnectionError: no network at all)" in message
     assert "`hf download --repo-type dataset " in message and message.endswith("then give --source DIR here")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ProxyError("407 Proxy Authentication Required"),
+        httpx.ReadError("connection reset"),
+        httpx.RemoteProtocolError("peer closed connection"),
+        RuntimeError("Data processing error: error sending request"),
+        DatasetGenerationError("An error occurred while generating the dataset"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_errors_of_the_hubs_client_are_the_cause_in_the_same_message(tmp_path, monkeypatch, error):
+    def broken(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(sources, "load_dataset", broken)
+    with pytest.raises(UnavailableError, match=r"`hf download .*; then give --source DIR here$") as raised:
+        download_easymath.main(["--output-dir", str(tmp_path / "out")])
+    assert f"from the hub ({type(error).__name__}: {error}); " in str(raised.value)
+    assert raised.value.__cause__ is error
 
 
 @pytest.mark.slow  # a process of its own imports torch and transformers

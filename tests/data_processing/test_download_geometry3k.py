@@ -2,6 +2,7 @@ import pytest
 from datasets import Image, List, load_dataset
 
 from data_processing import download_geometry3k
+from data_processing.make_tiny_model import build_tokenizer
 from tests.data_processing import copies
 from verl.utils.reward_score.instructions import THINK_BOXED
 
@@ -29,6 +30,13 @@ def test_prompt_keeps_the_place_of_the_image_and_asks_for_thoughts_and_a_box(tmp
     assert row["data_source"] == "hiyouga/geometry3k"
     assert row["reward_model"]["ground_truth"] == "2 \\sqrt { 221 }"
     assert row["extra_info"] == {"split": "val", "index": 0}
+
+
+def test_the_trainers_data_set_opens_it(tmp_path):
+    copies.geometry3k(tmp_path / "copies")
+    data = copies.trainable(make(tmp_path) / "train.parquet", build_tokenizer())
+    assert len(data) == 3
+    assert "<image>Find x." in data[0]["prompt_text"] and data[0]["ground_truth"] == "3"
 
 
 def test_equal_questions_about_other_images_are_no_duplicates(tmp_path):

@@ -10,6 +10,8 @@ from data_processing import download_livecodebench
 from data_processing.make_tiny_model import build_tokenizer
 from data_processing.sources import UnavailableError
 from tests.data_processing import copies
+from verl.utils.reward_score import compute_score
+from verl.utils.sandbox.run import SandboxUnavailable, check_confinement
 
 
 def make(tmp_path, *options):
@@ -26,8 +28,9 @@ def test_ground_truth_has_public_then_hidden_tests(tmp_path):
     copies.livecodebench(tmp_path / "copies")
     rows = make(tmp_path)
     truths = [json.loads(row["reward_model"]["ground_truth"]) for row in rows]
-    tests = {"inputs": ["a", "b", "c\u00e9"], "outputs": ["A", "B", "C\u00c9"]}
-    assert truths == [tests | {"fn_name": name} for name in (None, None, "shout")]
+    tests = {"inputs": ["a", "b", "c\u00e9"], "outputs": ["A", "B", "C\u00c9"], "fn_name": None}
+    as_json = {"inputs": ['"a"', '"b"', '"c\u00e9"'], "outputs": ['"A"', '"B"', '"C\u00c9"'], "fn_name": "shout"}
+    assert truths == [tests, tests, as_json]
     facts = {"split": "test", "index": 2, "id": "3", "level": "easy", "platform": "leetcode", "date": "2025-01-04"}
     assert rows[2]["extra_info"] == facts
     assert rows[2]["data_source"] == "livecodebench" and rows[2]["ability"] == "code"
@@ -42,6 +45,27 @@ def test_prompt_says_how_the_program_gets_its_input(tmp_path):
     assert all(text.startswith("Print the line in capitals.") and "code block" in text for text in texts)
     data = copies.trainable(tmp_path / "out" / "livecodebench.parquet", build_tokenizer())
     assert texts[2] in data[2]["prompt_text"]
+
+
+# Each program is started in a sandbox.
+@pytest.mark.slow
+def test_the_scorer_reads_what_the_script_writes(tmp_path):
+    copies.livecodebench(tmp_path / "copies")
+    try:
+        check_confinement()
+    except SandboxUnavailable as error:
+        pytest.skip(str(error))
+    standard_input, _, method = make(tmp_path)
+    programs = {
+        "print(input().upper())": (standard_input, 1),
+        "print(input())": (standard_input, 0),
+        "class Solution:\n    def shout(self, s):\n        return s.upper()": (method, 1),
+        "class Solution:\n    def shout(self, s):\n        return s": (method, 0),
+    }
+    for program, (row, right) in programs.items():
+        truth = row["reward_model"]["ground_truth"]
+        found = compute_score(row["data_source"], f"```python\n{program}\n```", truth, row["extra_info"])
+        assert found["acc"] == right, (program, found)
 
 
 def test_dates_are_kept_inclusively_and_the_others_counted(tmp_path):
