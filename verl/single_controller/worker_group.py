@@ -7,7 +7,7 @@ import numpy as np
 
 from verl.single_controller.dispatch import Dispatch, collect, partition_rows, registered_methods, run_method
 from verl.single_controller.worker import Place, Worker
-from verl.utils.device import resolve_device
+from verl.utils.device import resolve_device, share_cores
 
 
 class WorkerError(RuntimeError):
@@ -120,6 +120,8 @@ def create_worker_group(config: WorkerGroupConfig, worker_cls: type[Worker], *ar
     if config.worker_group == "ray":
         from verl.single_controller.ray_worker_group import RayWorkerGroup
 
+        # Threads of the driver wait for each other busily, and would take their cores from the workers.
+        share_cores(config.n_gpus_per_node + 1)
         return RayWorkerGroup(
             worker_cls,
             args,
