@@ -219,6 +219,7 @@ def test_old_log_probs_are_left_to_a_single_update(files, tmp_path, varied_rewar
     trainer.actor.shutdown()
 
 
+@pytest.mark.slow  # three runs
 def test_adapters_train_and_leave_the_engine_merged(files, tmp_path, varied_reward):
     """LoRA: only adapters have moments; the rollout's copy and the export have the merged weights; the reference policy
     is the model without adapters; a resumed run goes on bit for bit."""
@@ -282,6 +283,7 @@ def test_padded_rows_give_the_same_first_step(files, tmp_path, varied_reward):
     assert_agree(train(config(*files, tmp_path / "padded", *varied_reward, *padding))[1], packed[1])
 
 
+@pytest.mark.slow  # writes and reads a trace of everything
 def test_chosen_steps_are_profiled(files, tmp_path, varied_reward, capsys):
     steps = train(config(*files, tmp_path, *varied_reward, "trainer.profile_steps=[2]"))
     assert len(steps) == 4 and "profile of step 2" in capsys.readouterr().out
