@@ -28,7 +28,7 @@ from datasets import Dataset
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, it finds only its own folder
 
-from benchmarks.estimators import machine
+from benchmarks.report import machine, write_report
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
 from verl.trainer import main_ppo
@@ -197,11 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     for rows, _ in batches:
         if rows % (4 * RESPONSES):
             parser.error(f"--batches {rows}: not a multiple of {4 * RESPONSES} rows")
-    report = json.dumps(measure(batches, options.steps), indent=2)
-    if options.output:
-        options.output.write_text(report + "\n")
-    else:
-        print(report)
+    write_report(measure(batches, options.steps), options.output)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,9 @@ one thread; B = 5 questions per bundle, G = 10 responses per question, 0/1 rewar
 """
 
 import argparse
-import gc
-import json
 import multiprocessing
-import os
-import platform
+import sys
 import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, it finds only its own folder
+
+from benchmarks.report import machine, memory_peak, write_report
 from verl.protocol import DataProto, object_array
 from verl.trainer.config.schema import AlgorithmConfig, RiskConfig
 from verl.trainer.ppo.core_algos import ADV_ESTIMATORS, get_adv_estimator
@@ -97,29 +96,6 @@ def time_calls(
 
 
 # ------------------------------------------------------------------------------------------------------- memory
-def _status_mib(field: str) -> float:
-    """`VmRSS` (resident now) or `VmHWM` (its peak) of this process, in MiB."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) / 1024
-    raise ValueError(f"/proc/self/status has no {field}; memory is measured on Linux only, use --no-memory")
-
-
-def memory_peak(compute: Callable[[], Any], device: torch.device | None = None) -> float:
-    """By how much the peak of memory during `compute()` exceeds what was in use before, in MiB: this process's resident
-    memory, or what is allocated on the GPU `device`."""
-    gc.collect()
-    if device is not None and device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        compute()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present
-    resident = _status_mib("VmRSS")
-    compute()
-    return _status_mib("VmHWM") - resident
-
-
 @one_thread()
 def memory_growth(num_responses: int) -> dict[str, float]:
     """Of RiskPO's first call in this process: by how much the peak of resident memory exceeds what was in use, in MiB.
@@ -147,25 +123,6 @@ def measure_memory(sizes: list[int]) -> list[dict[str, float]]:
 
 
 # --------------------------------------------------------------------------------------------------------- report
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on, and how busy it was."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in _lines(cpuinfo) if line.startswith("model name")]
-    return {
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads_used": torch.get_num_threads(),
-        "load_average_at_start": round(os.getloadavg()[0], 2),
-        "system": platform.platform(terse=True),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-    }
-
-
-def _lines(path: Path) -> list[str]:
-    return path.read_text().splitlines() if path.is_file() else []
-
-
 @one_thread()
 def measure(sizes: list[int], repeat: int, memory: bool) -> dict[str, Any]:
     report: dict[str, Any] = {
@@ -198,11 +155,7 @@ def main(arguments: list[str] | None = None) -> None:
     for size in options.sizes:
         if size < 1 or size % (BUNDLE_SIZE * RESPONSES):
             parser.error(f"--sizes {size} is not a positive multiple of {BUNDLE_SIZE * RESPONSES}")
-    report = json.dumps(measure(options.sizes, options.repeat, not options.no_memory), indent=2)
-    if options.output:
-        options.output.write_text(report + "\n")
-    else:
-        print(report)
+    write_report(measure(options.sizes, options.repeat, not options.no_memory), options.output)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, it finds only its own folder
 
-from benchmarks.estimators import machine
+from benchmarks.report import machine
 from benchmarks.rollout_engines import configuration, engines, make_model, model_sizes, without_stops
 from verl.protocol import DataProto, object_array
 from verl.single_controller.worker_group import WorkerGroup

@@ -163,7 +163,9 @@ def disturbance(calls: int, workers: int, rounds: int) -> dict[str, Any]:
 
 
 def measure(calls: int, workers: int, rounds: int) -> dict[str, Any]:
-    from benchmarks.estimators import machine  # here: scoring processes import this file, and do without torch
+    from benchmarks.report import (  # here: scoring processes import this file, and do without torch
+        machine,
+    )
 
     return {
         "machine": machine(),
@@ -184,11 +186,9 @@ def main(arguments: list[str] | None = None) -> None:
     for name, least in (("calls", EVERY), ("workers", 1), ("rounds", 1)):
         if getattr(options, name) < least:
             parser.error(f"--{name} {getattr(options, name)} must be at least {least}")
-    report = json.dumps(measure(options.calls, options.workers, options.rounds), indent=2)
-    if options.output:
-        options.output.write_text(report + "\n")
-    else:
-        print(report)
+    from benchmarks.report import write_report  # as in `measure`
+
+    write_report(measure(options.calls, options.workers, options.rounds), options.output)
 
 
 if __name__ == "__main__":

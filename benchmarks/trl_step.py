@@ -35,7 +35,7 @@ from safetensors.torch import load_file
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, it finds only its own folder
 
-from benchmarks.estimators import machine
+from benchmarks.report import machine, write_report
 from benchmarks.rollout import spread
 from benchmarks.trl_workload import Workload, make_data, make_model, our_settings, trl_settings
 
@@ -284,11 +284,7 @@ def main(arguments: list[str] | None = None) -> None:
                 folder = Path(scratch, f"{group}-{workload.name.replace(' ', '-')}")
                 report["steps"].append(measure(workload, workers, options.rounds, options, folder))
                 print(line(report["steps"][-1]), file=sys.stderr, flush=True)
-    text = json.dumps(report, indent=2)
-    if options.json:
-        options.json.write_text(text + "\n")
-    else:
-        print(text)
+    write_report(report, options.json)
 
 
 if __name__ == "__main__":

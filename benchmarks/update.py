@@ -11,7 +11,6 @@ datasheet's peak, and over what a large matrix product reaches in the same run.
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, it finds only its own folder
 
-from benchmarks.estimators import machine
+from benchmarks.report import machine, write_report
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
@@ -176,11 +175,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available() and options.layers * options.hidden > 4096:
         parser.error("this shape needs a GPU; on a CPU try --layers 2 --hidden 64 --intermediate 128 --vocabulary 512")
-    report = json.dumps(measure(options), indent=2)
-    if options.output:
-        options.output.write_text(report + "\n")
-    else:
-        print(report)
+    write_report(measure(options), options.output)
 
 
 if __name__ == "__main__":

@@ -89,7 +89,8 @@ def export(checkpoint: Path, folder: Path, dtype: torch.dtype = torch.float32) -
     weights = {name: tensor.to(dtype) for name, tensor in merged_parameters(lm)}
     skeleton = skeleton_of(lm.config, lm.generation_config, dtype)
     partial = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.is_dir():  # of an export that did not end
+        shutil.rmtree(partial)
     Export(skeleton, weights, AutoTokenizer.from_pretrained(checkpoint / "huggingface")).write(partial)
     partial.replace(folder)
 

@@ -97,6 +97,8 @@ def test_a_reward_function_that_fails(start, tmp_path, body, message):
         ("actor_rollout_ref.model.path=./nowhere", "actor_rollout_ref.model.path=./nowhere: there is no such folder"),
         ("custom_reward_function.path=/nowhere.py", "custom_reward_function.path: there is no file /nowhere.py"),
         ("trainer.plugins=[/nowhere.py]", "trainer.plugins: /nowhere.py is not a Python file"),
+        ("trainer.profile_steps=[0]", r"trainer.profile_steps=\[0\]: there is no step 0, the run has"),
+        ("trainer.profile_steps=[99]", r"trainer.profile_steps=\[99\]: there is no step 99, the run has"),
         ("trainer.n_gpus_per_node=3", "trainer.worker_group=local has one worker, not trainer.n_gpus_per_node=3"),
     ],
 )

@@ -20,6 +20,7 @@ from verl.trainer.evaluation.parts import PartedFile, parts_folder, read_setting
 from verl.trainer.main_generation import build, find_model, run
 from verl.utils.checkpoint import CheckpointFolder, record
 from verl.workers.rollout.base import GenerationOutput
+from verl.workers.rollout.engine_pool import EngineError
 
 LENGTH = 8
 
@@ -248,3 +249,15 @@ def test_vllm_and_transformers_decode_the_same(generate):
     with pytest.raises(ValueError, match=r"^rollout.tensor_model_parallel_size=3 does not divide the model's 2 att"):
         generate("refused.parquet", *greedy, *engine, "rollout.tensor_model_parallel_size=3")
     assert generate("vllm.parquet", *greedy, *engine) == generate("hf.parquet", *greedy)
+
+
+def test_an_engine_that_fails_is_told_in_this_configurations_keys():
+    class Job:
+        def __call__(self) -> None:
+            raise EngineError("no answer within actor_rollout_ref.rollout.engine_timeout_s=300")
+
+        def shutdown(self) -> None:
+            pass
+
+    with pytest.raises(EngineError, match=r"^no answer within rollout\.engine_timeout_s=300$"):
+        run(Job())

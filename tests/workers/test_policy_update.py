@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.workers.rows import N, P, T, random_rows
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
@@ -13,8 +14,6 @@ from verl.workers.fsdp_engine import EngineSettings, FSDPEngine
 from verl.workers.model import ScoringModel, load_language_model
 from verl.workers.policy_update import PolicyUpdate
 from verl.workers.sequences import MicroBatchSpec
-
-N, P, T = 12, 5, 7
 
 
 class UpdateWorker(Worker):
@@ -53,19 +52,12 @@ class UpdateWorker(Worker):
 @pytest.fixture(scope="module")
 def batch() -> DataProto:
     generator = torch.Generator().manual_seed(0)
-    prompt_length = torch.randint(1, P + 1, (N,), generator=generator)
-    response_length = torch.randint(1, T + 1, (N,), generator=generator)
-    prompts = torch.randint(5, 60, (N, P), generator=generator)
     return DataProto.from_dict(
         {
-            "prompts": prompts * (torch.arange(P) >= P - prompt_length[:, None]),
-            "prompt_length": prompt_length,
-            "responses": torch.randint(5, 60, (N, T), generator=generator),
-            "response_mask": torch.arange(T) < response_length[:, None],
+            **random_rows(generator),
             "old_log_probs": -3 - torch.rand(N, T, generator=generator) * 4,
             "ref_log_prob": -3 - torch.rand(N, T, generator=generator) * 4,
             "advantages": torch.randn(N, 1, generator=generator).expand(N, T).contiguous(),
-            "mini_batch": torch.zeros(N, dtype=torch.int64),
         },
         {"n_mini_batches": 1, "with_entropy": False},
     )

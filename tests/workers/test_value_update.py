@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.workers.rows import N, P, T, random_rows
 from verl.protocol import DataProto
 from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
@@ -14,8 +15,6 @@ from verl.workers.fsdp_engine import EngineSettings, FSDPEngine
 from verl.workers.model import load_value_model
 from verl.workers.sequences import MicroBatchSpec
 from verl.workers.value_update import ValueUpdate, compute_values, value_loss
-
-N, P, T = 12, 5, 7
 
 
 def head_weight(hidden_size: int) -> torch.Tensor:
@@ -72,18 +71,11 @@ class CriticWorker(Worker):
 @pytest.fixture(scope="module")
 def batch() -> DataProto:
     generator = torch.Generator().manual_seed(0)
-    prompt_length = torch.randint(1, P + 1, (N,), generator=generator)
-    response_length = torch.randint(1, T + 1, (N,), generator=generator)
-    prompts = torch.randint(5, 60, (N, P), generator=generator)
     return DataProto.from_dict(
         {
-            "prompts": prompts * (torch.arange(P) >= P - prompt_length[:, None]),
-            "prompt_length": prompt_length,
-            "responses": torch.randint(5, 60, (N, T), generator=generator),
-            "response_mask": torch.arange(T) < response_length[:, None],
+            **random_rows(generator),
             "values": torch.randn(N, T, generator=generator),
             "returns": torch.randn(N, T, generator=generator),
-            "mini_batch": torch.zeros(N, dtype=torch.int64),
         },
         {"n_mini_batches": 1},
     )

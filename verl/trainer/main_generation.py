@@ -27,6 +27,7 @@ from verl.trainer.config.schema import (
     RolloutConfig,
     TrainerConfig,
 )
+from verl.trainer.config.validate import check_truncated_sampling
 from verl.trainer.evaluation.parts import PartedFile
 from verl.trainer.main_ppo import check_context_length, cluster_device
 from verl.trainer.ppo.generation import sample_to_measure
@@ -34,6 +35,7 @@ from verl.utils.checkpoint import file_crc32, find_fault, read_manifest
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.tokenizer import load_tokenizer
 from verl.workers.rollout.base import GenerationOutput, OnFinished, Rollout, SamplingParams, WorkerRollout
+from verl.workers.rollout.engine_pool import EngineError
 from verl.workers.rollout.engine_rollout import EngineRollout
 from verl.workers.rollout.sampling_worker import GenerationWorker
 from verl.workers.rollout.vllm_checks import check_vllm
@@ -204,15 +206,13 @@ def check(config: GenerationConfig) -> None:
         ("data.batch_size", data.batch_size),
         ("rollout.response_length", rollout.response_length),
         ("rollout.max_num_seqs", rollout.max_num_seqs),
+        ("rollout.engine_timeout_s", rollout.engine_timeout_s),
     ):
         if value < 1:
             raise ValueError(f"{key}={value} must be at least 1")
     if rollout.temperature < 0:
         raise ValueError(f"rollout.temperature={rollout.temperature} must be 0 (greedy) or more")
-    if not 0 < rollout.top_p <= 1:
-        raise ValueError(f"rollout.top_p={rollout.top_p} must be in (0, 1]")
-    if rollout.top_k != -1 and rollout.top_k < 1:
-        raise ValueError(f"rollout.top_k={rollout.top_k}: use -1 (all) or at least 1")
+    check_truncated_sampling("rollout", rollout)
     if rollout.temperature == 0 and data.n_samples > 1:
         raise ValueError(
             f"data.n_samples={data.n_samples} greedy responses are all the same: set rollout.temperature above 0, or "
@@ -309,6 +309,7 @@ def as_training_config(config: GenerationConfig, model_path: str, prompt_length:
                 gpu_memory_utilization=rollout.gpu_memory_utilization,
                 kv_cache_memory_bytes=rollout.kv_cache_memory_bytes,
                 enforce_eager=rollout.enforce_eager,
+                engine_timeout_s=rollout.engine_timeout_s,
                 free_cache_engine=False,  # nothing is trained between two batches
                 calculate_log_probs=False,
             ),
@@ -335,6 +336,8 @@ def in_own_terms(message: str) -> str:
 def run(job: Generation) -> None:
     try:
         job()
+    except EngineError as error:
+        raise EngineError(in_own_terms(str(error))) from error
     finally:
         job.shutdown()
 

@@ -51,6 +51,7 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     batch_key = "gen_batch_size" if config.data.gen_batch_size else "train_batch_size"
     weights = config.data.train_weights
     loader = StatefulLoader(train, batch_size, config.data.seed, config.data.shuffle, batch_key, weights)
+    check_profile_steps(config, total_training_steps(config, len(loader)))
     reward_function = load_reward(config)
     reward = make_reward_manager(reward_function, config.reward_model)
     try:
@@ -109,6 +110,15 @@ def check_sequence_parallel(config: PPOConfig) -> None:
     """Refuse a number of workers per packed row that the attention heads or the workers cannot be divided by."""
     model, size = config.actor_rollout_ref.model, config.actor_rollout_ref.actor.ulysses_sequence_parallel_size
     check_size(AutoConfig.from_pretrained(model.path), size, config.trainer.nnodes * config.trainer.n_gpus_per_node)
+
+
+def check_profile_steps(config: PPOConfig, training_steps: int) -> None:
+    for step in config.trainer.profile_steps:
+        if not 1 <= step <= training_steps:
+            raise ValueError(
+                f"trainer.profile_steps={config.trainer.profile_steps}: there is no step {step}, the run has "
+                f"{training_steps}"
+            )
 
 
 def start_actor(config: PPOConfig, training_steps: int) -> WorkerGroup:

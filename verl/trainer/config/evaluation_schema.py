@@ -40,6 +40,7 @@ class GenerationRolloutConfig:
     kv_cache_memory_bytes: int | None = key(
         None, "vllm: key-value cache of an engine; null: what `gpu_memory_utilization` leaves, on a CPU 1 GiB."
     )
+    engine_timeout_s: int = key(300, "vllm: an engine that does not answer for so long is replaced.")
     enforce_eager: bool = key(False, "vllm: neither compile nor capture graphs: starts faster, decodes slower.")
 
 

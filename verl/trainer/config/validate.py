@@ -99,10 +99,6 @@ def validate(config: PPOConfig) -> None:
             check_weights(weights, 1 if isinstance(files, str) else len(files))
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    steps = config.trainer.total_training_steps
-    for step in config.trainer.profile_steps:
-        if step < 1 or (steps is not None and step > steps):
-            raise ConfigError(f"trainer.profile_steps={config.trainer.profile_steps}: there is no step {step}")
     _check_ranges(config)
     _check_sampling(config)
     _check_batches(config)
@@ -119,13 +115,18 @@ def _check_ranges(config: PPOConfig) -> None:
             raise ConfigError(f"{key}={value} must be {text}")
 
 
+def check_truncated_sampling(section: str, sampling: Any) -> None:
+    """ConfigError for a `top_p` or `top_k` of this section of the configuration that leaves nothing to sample."""
+    if not 0 < sampling.top_p <= 1:
+        raise ConfigError(f"{section}.top_p={sampling.top_p} must be in (0, 1]")
+    if sampling.top_k != -1 and sampling.top_k < 1:
+        raise ConfigError(f"{section}.top_k={sampling.top_k}: use -1 (all) or at least 1")
+
+
 def _check_sampling(config: PPOConfig) -> None:
     rollout = config.actor_rollout_ref.rollout
-    for key, sampling in (("", rollout), ("val_kwargs.", rollout.val_kwargs)):
-        if not 0 < sampling.top_p <= 1:
-            raise ConfigError(f"actor_rollout_ref.rollout.{key}top_p={sampling.top_p} must be in (0, 1]")
-        if sampling.top_k != -1 and sampling.top_k < 1:
-            raise ConfigError(f"actor_rollout_ref.rollout.{key}top_k={sampling.top_k}: use -1 (all) or at least 1")
+    check_truncated_sampling("actor_rollout_ref.rollout", rollout)
+    check_truncated_sampling("actor_rollout_ref.rollout.val_kwargs", rollout.val_kwargs)
     if rollout.val_kwargs.n > 1 and (not rollout.val_kwargs.do_sample or rollout.val_kwargs.temperature == 0):
         raise ConfigError(
             f"actor_rollout_ref.rollout.val_kwargs.n={rollout.val_kwargs.n} greedy responses are all the same: "

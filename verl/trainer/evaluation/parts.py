@@ -73,7 +73,8 @@ class PartedFile:
         self.remove_parts()
 
     def remove_parts(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.folder.is_dir():
+            shutil.rmtree(self.folder)
 
     def _part(self, part: int) -> Path:
         return self.folder / f"part_{part:05d}.parquet"
