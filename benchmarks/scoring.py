@@ -4,7 +4,8 @@
 
 Each number is the median of R rounds. A round has new processes, which have scored an answer but none of those that
 count, so that nothing is remembered from an earlier round. In the batch that is disturbed, 1 % of the responses are
-replaced by ones that sleep for ever and 1 % by ones that end their process.
+replaced by ones that sleep for ever and 1 % by ones that end their process; its pool is of the size that runs have by
+default, which is for calls that take long.
 """
 
 import argparse
@@ -138,8 +139,8 @@ def outcomes(results: list[Any], good: list[Any], requests: list[RewardRequest])
 
 
 def disturbance(calls: int, workers: int, rounds: int) -> dict[str, Any]:
-    """Seconds of a batch of good calls; of the same with 2 % that crash, which says what new processes cost; and with
-    1 % that hang and 1 % that crash. `bound_s` is the second plus the time-out."""
+    """With `workers` processes: seconds of a batch of good calls; of the same with 2 % that crash, which says what new
+    processes cost; and with 1 % that hang and 1 % that crash. `bound_s` is the second plus the time-out."""
     good = boxed_fractions(calls)
     crashing, both = disturbed(good, CRASH, CRASH), disturbed(good, HANG, CRASH)
     seconds: dict[str, list[float]] = {"good_s": [], "crashing_s": [], "hanging_and_crashing_s": [], "bound_s": []}
@@ -154,6 +155,7 @@ def disturbance(calls: int, workers: int, rounds: int) -> dict[str, Any]:
         as_expected &= right
     return {
         "calls": calls,
+        "workers": workers,
         "timeout_s": TIMEOUT_S,
         **{name: round(median(times), 3) for name, times in seconds.items()},
         "processes_started_meanwhile": started,
@@ -166,20 +168,22 @@ def measure(calls: int, workers: int, rounds: int) -> dict[str, Any]:
     from benchmarks.report import (  # here: scoring processes import this file, and do without torch
         machine,
     )
+    from verl.trainer.config.schema import RewardModelConfig
 
     return {
         "machine": machine(),
         "workers": workers,
         "rounds": rounds,
         "throughput": {name: throughput(name, calls, workers, rounds) for name in WORKLOADS},
-        "hanging and crashing calls": disturbance(calls, workers, rounds),
+        "hanging and crashing calls": disturbance(calls, RewardModelConfig().num_workers, rounds),
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calls", type=int, default=5120, help="calls of a batch (of the labelled pairs: at most)")
-    parser.add_argument("--workers", type=int, default=2, help="processes of the pool")
+    cores = len(os.sched_getaffinity(0))
+    parser.add_argument("--workers", type=int, default=cores, help="processes that score at full speed, one per core")
     parser.add_argument("--rounds", type=int, default=3, help="rounds that are timed")
     parser.add_argument("--output", type=Path, help="a file for the JSON, which is printed otherwise")
     options = parser.parse_args(arguments)

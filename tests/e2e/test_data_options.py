@@ -11,8 +11,8 @@ DATA = """
 from verl.utils.dataset.rl_dataset import RLHFDataset
 
 class Named(RLHFDataset):
-    def __getitem__(self, index):
-        row = super().__getitem__(index)
+    def row(self, index, record):
+        row = super().row(index, record)
         return row | {"file": self.place(index), "extra_info": {"length": len(row["prompt_ids"])}}
 """
 REWARD = """

@@ -238,7 +238,9 @@ class RayWorkerGroup(WorkerGroup):
     ) -> list[Any]:
         if self._over:
             raise WorkerError(f"{method} was called after {self._over}")
-        call = ray.put((method, args, kwargs))  # once, for all workers
+        call: Any = (method, args, kwargs)
+        if args:  # a batch is stored once, for all workers
+            call = ray.put(call)
         shares = [None] * self.world_size if rows is None else rows
         refs = [host.execute.remote(call, share) for host, share in zip(self._hosts, shares, strict=True)]
         try:

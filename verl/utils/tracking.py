@@ -310,6 +310,9 @@ def wandb_logged_in() -> bool:
     return path.is_file() and host is not None and netrc.netrc(str(path)).authenticators(host) is not None
 
 
+PLAIN = frozenset({str, int, bool, type(None)})  # written by json as they are
+
+
 def as_number(value: Any) -> float:
     """A plain int or float from a number of Python, numpy or torch."""
     if isinstance(value, torch.Tensor | np.generic | np.ndarray):
@@ -323,6 +326,8 @@ def to_json(row: Mapping[str, Any]) -> str:
 
 
 def _plain(value: Any) -> Any:
+    if type(value) in PLAIN:  # most are: a look at each of the kinds below takes longer than writing the line
+        return value
     if isinstance(value, torch.Tensor | np.generic | np.ndarray):
         value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):

@@ -71,6 +71,8 @@ def test_a_class_that_cannot_be_used_is_refused_by_key_and_file(tmp_path):
     assert "importing" in refusal("import no_such_module")
     part = "class Mine:\n    __len__ = __getitem__ = batch = place = lambda self: 1\n"
     assert "no method first_of_each_source, questions_of_files: derive it from RLHFDataset" in refusal(part)
+    unread = mine("    def __getitem__(self, index): return {}")
+    assert "overrides __getitem__, which batches do not call: override row(index, record)" in refusal(unread)
     narrow = mine("    def __init__(self, files): pass")
     assert "does not take (files, tokenizer, config, key): too many positional" in refusal(narrow)
 

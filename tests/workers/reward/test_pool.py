@@ -155,6 +155,13 @@ def test_calls_are_made_once_beside_stuck_ones(tmp_path):
     assert [file.read_text() for file in files] == ["x"] * 60
 
 
+def test_stuck_calls_wait_side_by_side_once_it_is_known_what_a_call_takes():
+    with new_pool(timeout_s=3.0) as pool:
+        pool.evaluate(requests(*["good"] * 8))
+        assert kinds(pool.evaluate(requests(*["hang"] * 20))) == ["ScoringTimeout"] * 20
+        assert pool.counts.most_parked == 20  # two at a time, for a fifth of the time-out each: 10 at most
+
+
 def test_more_stuck_calls_than_may_wait(monkeypatch):
     monkeypatch.setattr("verl.workers.reward.dispatcher.MAX_PARKED", 1)
     with new_pool(timeout_s=0.3) as pool:

@@ -29,6 +29,8 @@ def dataset_class(config: CustomClassConfig) -> type[RLHFDataset]:
     missing_methods = [name for name in METHODS if not callable(getattr(cls, name, None))]
     if missing_methods:
         raise ValueError(f"{where} has no method {', '.join(missing_methods)}: derive it from RLHFDataset")
+    if issubclass(cls, RLHFDataset) and "__getitem__" in vars(cls) and "batch" not in vars(cls):
+        raise ValueError(f"{where} overrides __getitem__, which batches do not call: override row(index, record)")
     try:
         inspect.signature(cls).bind("files", "tokenizer", "config", "key")
     except TypeError as error:

@@ -18,7 +18,7 @@ class RLHFDataset:
     `reward_model.ground_truth`, and optionally `extra_info` (its `level` groups validation metrics).
 
     `key` is the configuration key that the files came from; errors name it, or the file, row and column at fault.
-    A class of one's own (`data.custom_cls`) overrides `prepare`, for the rows, or `__getitem__`, for a batch's columns.
+    A class of one's own (`data.custom_cls`) overrides `prepare`, for a file's rows, or `row`, for a batch's columns.
     """
 
     def __init__(self, files: str | Sequence[str], tokenizer: Any, config: DataConfig, key: str = "data.train_files"):
@@ -61,10 +61,13 @@ class RLHFDataset:
         return len(self._places)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """`prompt_ids` (P,) int32; `data_source`, `ground_truth`, `extra_info`; `question_id` ("file:row", both from
-        0), `prompt_text` (as the model sees it), `level` ("" without one)."""
+        return self.row(index, self._records([index])[0])
+
+    def row(self, index: int, record: dict[str, Any]) -> dict[str, Any]:
+        """What a batch holds of the question at `index`, whose row in its file is `record`: `prompt_ids` (P,) int32;
+        `data_source`, `ground_truth`, `extra_info`; `question_id` ("file:row", both from 0), `prompt_text` (as the
+        model sees it), `level` ("" without one)."""
         file_index, row = self._places[index]
-        record = self.files[file_index].rows[row]
         extra_info = record.get("extra_info") or {}
         level = extra_info.get("level")
         return {
@@ -111,7 +114,19 @@ class RLHFDataset:
 
     def batch(self, indices: Sequence[int] | np.ndarray) -> DataProto:
         """The questions at these indices, collated."""
-        return self.collate([self[int(i)] for i in indices])
+        places = [int(index) for index in indices]
+        return self.collate([self.row(i, record) for i, record in zip(places, self._records(places), strict=True)])
+
+    def _records(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        """The rows of the files at these indices; each file is read once, which costs about as much as one row."""
+        places = np.array([self._places[index] for index in indices]).reshape(-1, 2)
+        records: list[dict[str, Any]] = [{} for _ in indices]
+        for file_index in np.unique(places[:, 0]):
+            positions = np.flatnonzero(places[:, 0] == file_index)
+            columns = self.files[file_index].rows[places[positions, 1].tolist()]
+            for position, values in zip(positions, zip(*columns.values(), strict=True), strict=True):
+                records[position] = dict(zip(columns, values, strict=True))
+        return records
 
 
 def _check_scoring_columns(file: RowFile) -> None:

@@ -23,9 +23,9 @@ MAX_PARKED = 64  # processes that may wait beside the working ones for a call th
 SPARES = 2  # processes kept ready beside the working ones
 MAX_LOSSES = 3  # times that a call may be lost with a process that ended for no call of its own
 
-# The grace is the longest of GRACE_S, a share of the time-out, and a multiple of what calls take; longer for the first
-# call of a process, which may import.
-GRACE_S, GRACE, GRACE_IN_CALLS, FIRST_CALL = 0.005, 0.01, 5.0, 20.0
+# The grace is the longest of GRACE_S, a share of the time-out, and a multiple of what calls take. The first call of a
+# process may import: its grace goes by other first calls, and is a larger share of the time-out until one has returned.
+GRACE_S, GRACE, GRACE_IN_CALLS, FIRST_CALL = 0.005, 0.01, 5.0, 0.2
 # A parked process gives way to others, should the processors be short, after this share of the time-out, or at once if
 # more are parked than work.
 DEMOTED = 0.25
@@ -77,6 +77,7 @@ class Dispatcher:
         self.concurrent: bool | None = None  # known when the function is imported
         self._numbers = iter(range(1 << 62))
         self._call_s = 0.0  # mean duration of a call
+        self._first_call_s: float | None = None  # longest duration of a process's first call
 
     def run(self) -> None:
         """Until `loop.stop`."""
@@ -115,6 +116,8 @@ class Dispatcher:
             return
         result = decode(payload)
         process.calls.discard(call)
+        if not process.answered:
+            self._first_call_s = max(self._first_call_s or 0.0, seconds)
         process.answered += 1
         process.heard = time.monotonic()
         self._call_s += (seconds - self._call_s) / min(200, self.counts.calls + 1)  # over about the last 200
@@ -167,7 +170,7 @@ class Dispatcher:
             for process in ready[: self.num_workers]:
                 self._send(process, CONCURRENT_CALLS - len(process.calls))
         else:
-            busy = sum(bool(process.calls) for process in working)
+            busy = sum(bool(process.calls) and not process.gone for process in working)
             for process in [process for process in ready if not process.calls][: max(0, self.num_workers - busy)]:
                 self._send(process, BATCH_SIZE)
         surplus = len(working) - self.num_workers - SPARES
@@ -193,7 +196,7 @@ class Dispatcher:
         process.heard = time.monotonic()
         self.group.send(process, (process.batch, [(number, self.calls[number].request) for number in numbers]))
         if process.timer is None:
-            process.timer = self.loop.call_later(self._check_interval(), self._check, process)
+            process.timer = self.loop.call_later(self._grace(process), self._check, process)
 
     def _resolve(self, number: int, result: Any) -> None:
         """The outcome of a call, unless it has one: it may have been taken back while it was answered after all."""
@@ -231,8 +234,17 @@ class Dispatcher:
 
     # Time.
 
-    def _check_interval(self) -> float:
-        return self.timeout_s if self.concurrent else max(GRACE_S, GRACE * self.timeout_s)
+    def _grace(self, process: Process) -> float:
+        """Seconds that a call may run before its process gives up its place."""
+        if self.concurrent:
+            return self.timeout_s
+        grace = max(GRACE_S, GRACE * self.timeout_s, GRACE_IN_CALLS * self._call_s)
+        if process.answered:
+            return grace
+        first = FIRST_CALL * self.timeout_s
+        if self._first_call_s is not None:
+            first = min(first, GRACE_IN_CALLS * self._first_call_s)
+        return max(grace, first)
 
     def _check(self, process: Process) -> None:
         """Look at what a process is doing, act, and come back when there may be something to do."""
@@ -242,8 +254,8 @@ class Dispatcher:
             return
         now = time.monotonic()
         current, since = process.clock.read()
-        running = now - since
-        interval = self._check_interval()
+        running, grace = now - since, self._grace(process)
+        interval = grace
         if current == Clock.NOTHING:
             if now >= process.heard + self.timeout_s + SILENCE_S:
                 self._on_timeout(process, set(process.calls) if self.concurrent else set())
@@ -252,16 +264,17 @@ class Dispatcher:
             self._on_timeout(process, {current})
             return
         else:
-            if not self.concurrent:
+            if not self.concurrent and running >= grace:
                 self._yield_place(process, current, running)
+            elif not process.parked:
+                interval = grace - running
             remaining = self.timeout_s - running
             interval = remaining if process.parked and process.demoted else min(interval, remaining)
         process.timer = self.loop.call_later(interval, self._check, process)
 
     def _yield_place(self, process: Process, current: int, running: float) -> None:
         """If a call has been running long: first its place, then its share of the processors."""
-        grace = self._check_interval() * (1.0 if process.answered else FIRST_CALL)
-        if running >= max(grace, GRACE_IN_CALLS * self._call_s) and not process.parked:
+        if not process.parked:
             process.clock.revoke(process.batch)
             now_in, _ = process.clock.read()  # it may have gone on this moment
             if now_in == current:

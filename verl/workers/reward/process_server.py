@@ -27,6 +27,7 @@ from verl.workers.reward.function import RewardFunction
 from verl.workers.reward.outcomes import as_exception
 from verl.workers.reward.worker import Worker, is_asynchronous
 
+LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 HARMLESS_THREADS = {"jemalloc_bg_thd"}  # of pyarrow; its library prepares it for forks
 STRAY_GRACE_S = 1.0  # for what a dead worker leaves behind, as a sandbox that cleans up after itself
@@ -188,7 +189,7 @@ def run_worker(reward: RewardFunction, setup: dict[str, Any], connection: int, c
 
 
 def prctl(option: int, value: int) -> None:
-    if ctypes.CDLL(None).prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+    if LIBC.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
         raise OSError(f"prctl {option} failed")
 
 

@@ -30,12 +30,14 @@ class Worker:
 
     def serve(self) -> None:
         self.connection.sendall(pack(None))  # ready
-        with asyncio.Runner() as runner:  # one event loop for all calls: functions keep clients bound to it
-            if self.concurrent:
-                self.connection.setblocking(False)
-                runner.run(self._serve_concurrently())
-            else:
-                self._serve_in_turn(runner)
+        # One event loop for all calls, since functions keep clients bound to it; made when the first call needs it, as
+        # it takes a millisecond of every new process.
+        runner = asyncio.Runner()
+        if self.concurrent:
+            self.connection.setblocking(False)
+            runner.run(self._serve_concurrently())
+        else:
+            self._serve_in_turn(runner)
 
     def _serve_in_turn(self, runner: asyncio.Runner) -> None:
         unpacker = Unpacker()
