@@ -310,6 +310,7 @@ def wandb_logged_in() -> bool:
     return path.is_file() and host is not None and netrc.netrc(str(path)).authenticators(host) is not None
 
 
+STRICT_JSON = json.JSONEncoder(allow_nan=False, ensure_ascii=False)
 PLAIN = frozenset({str, int, bool, type(None)})  # written by json as they are
 
 
@@ -322,7 +323,7 @@ def as_number(value: Any) -> float:
 
 def to_json(row: Mapping[str, Any]) -> str:
     """One line of strict JSON; numpy's and torch's values become plain ones, NaN and infinities null."""
-    return json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False, ensure_ascii=False)
+    return STRICT_JSON.encode({key: _plain(value) for key, value in row.items()})
 
 
 def _plain(value: Any) -> Any:
