@@ -56,22 +56,32 @@ class _Counting:
         return self.packing.attend(query, key, value, scale, window)
 
 
-@torch.no_grad()
-def use_packed_attention(lm: PreTrainedModel, model_path: str) -> None:
+def use_packed_attention(lm: PreTrainedModel, model_path: str, trial: bool = True) -> None:
     """Put `packed_attention` in the place of every layer's attention; `lm` is on the CPU, as it was loaded.
 
     `lm.config` stays as it was: copies of the model that are made from it have their own attention. Sliding windows
-    are honoured. ValueError for a model that cannot be packed; a trial tells.
+    are honoured. ValueError for a model that cannot be packed, as a trial tells; without one, `lm` needs no weights.
     """
-    placement, decoder, text_config = example_placement(), lm.get_decoder(), lm.config.get_text_config()
-    ids = torch.arange(9) % text_config.vocab_size
-    sequences = [slots[:length] for slots, length in zip(placement.slots, placement.lengths, strict=True)]
-    expected = [decoder(input_ids=ids[None, slots], use_cache=False).last_hidden_state[0] for slots in sequences]
+    if trial:
+        _try_packing(lm, model_path)
+    else:
+        _set_attention(lm)
 
+
+def _set_attention(lm: PreTrainedModel) -> None:
     config = copy.deepcopy(lm.config)
     lm.set_attn_implementation(IMPLEMENTATION)
     lm.config = config
 
+
+@torch.no_grad()
+def _try_packing(lm: PreTrainedModel, model_path: str) -> None:
+    """Set it, and compare hidden states with and without."""
+    placement, decoder, text_config = example_placement(), lm.get_decoder(), lm.config.get_text_config()
+    ids = torch.arange(9) % text_config.vocab_size
+    sequences = [slots[:length] for slots, length in zip(placement.slots, placement.lengths, strict=True)]
+    expected = [decoder(input_ids=ids[None, slots], use_cache=False).last_hidden_state[0] for slots in sequences]
+    _set_attention(lm)
     packing = _Counting(Buckets(placement, torch.device("cpu")))
     position_ids = torch.tensor([[0, 1, 2, 3, 4, 2, 3, 0, 1]])
     try:

@@ -1,9 +1,13 @@
 """The models that are trained: a causal language model that gives log-probabilities and entropies, and the critic's,
 which gives values."""
 
+from contextlib import suppress
+
 import torch
+import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils.logging import disable_progress_bar
 
 from verl.utils.torch_functional import log_prob_and_entropy
@@ -62,26 +66,45 @@ class ValueModel(nn.Module):
 
 
 def load_value_model(model_path: str, packed: bool = False) -> ValueModel:
-    """A critic on the model of a Hugging Face folder or hub name, in float32, without dropout; `packed`: see
-    `load_language_model`."""
-    disable_progress_bar()
-    lm = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    switch_off_dropout(lm)
-    if packed:
-        use_packed_attention(lm, model_path)
-    return ValueModel(lm)
+    """A critic on the model of a Hugging Face folder or hub name; otherwise as `load_language_model`."""
+    return ValueModel(_load(model_path, packed, with_head=False))
 
 
 def load_language_model(model_path: str, packed: bool = False) -> PreTrainedModel:
     """The model of a Hugging Face folder or hub name in float32, without dropout; `packed`: for packed sequences (else
-    padded ones). ValueError for one whose logits are more than last hidden state times head, or that cannot be
-    packed."""
+    padded ones). In a process group only worker 0 reads the weights: an engine gives the others their part.
+
+    ValueError for a model whose logits are more than last hidden state times head, or that cannot be packed."""
+    return _load(model_path, packed, with_head=True)
+
+
+def _load(model_path: str, packed: bool, with_head: bool) -> PreTrainedModel:
     disable_progress_bar()
-    lm = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
-    check_head(lm, model_path)
+    reads_weights = _reads_weights()
+    lm = _read(model_path) if reads_weights else _without_weights(model_path)
+    if with_head and reads_weights:
+        check_head(lm, model_path)
     switch_off_dropout(lm)
     if packed:
-        use_packed_attention(lm, model_path)
+        use_packed_attention(lm, model_path, trial=reads_weights)
+    return lm
+
+
+def _reads_weights() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def _read(model_path: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32)
+
+
+def _without_weights(model_path: str) -> PreTrainedModel:
+    """The model with memory for its weights that is never written to, and so takes none; its buffers are computed."""
+    with no_init_weights():
+        lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path), dtype=torch.float32)
+    lm.tie_weights()
+    with suppress(OSError):  # it has none of its own: then it is the one that the configuration makes
+        lm.generation_config = GenerationConfig.from_pretrained(model_path)
     return lm
 
 

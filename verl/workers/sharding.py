@@ -1,12 +1,13 @@
 """How a model is divided among the workers by FSDP2."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from verl.utils.device import compute_dtype
 
@@ -27,8 +28,30 @@ def make_mesh(device: torch.device, fsdp_size: int) -> DeviceMesh:
 
 def shard(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, device: torch.device) -> FSDPModule:
     """Shard every one of `layers`, then the rest of `model`, over `mesh`: fp32 masters, computing in the device's
-    dtype."""
+    dtype. The weights are those that worker 0's `model` has; what they are on the others does not matter."""
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype(device), reduce_dtype=torch.float32)
+    first = dist.get_rank() == 0
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()} if first else {}
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    return fully_shard(model, mesh=mesh, mp_policy=policy)
+    sharded = fully_shard(model, mesh=mesh, mp_policy=policy)
+    if dist.get_world_size() > 1:
+        _spread(model, weights, device)
+    return sharded
+
+
+@torch.no_grad()
+def _spread(model: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
+    """Bring each worker its part of the `weights` that worker 0 has, one tensor at a time."""
+    names = [list(weights)]
+    dist.broadcast_object_list(names, src=0)
+    if names[0] != (own := [name for name, _ in model.named_parameters()]):  # the workers would wait for each other
+        raise RuntimeError(f"worker 0 has other parameters: {sorted(set(names[0]) ^ set(own)) or 'in another order'}")
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        if dist.get_rank() == 0:
+            whole = weights[name].to(device)
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+        parts = distribute_tensor(whole, parameter.device_mesh, parameter.placements)  # scatters worker 0's
+        parameter.to_local().copy_(parts.to_local())
