@@ -133,7 +133,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         seconds = [workers.time_update(batch)[0] for _ in range(options.steps)]
         memory = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else None
     lengths, parameters = sequence_lengths(batch), matrix_parameters(model_config)
-    operations = training_flops(model_config, parameters, lengths)
+    operations = float(training_flops(model_config, parameters, lengths).sum())
     rate = operations / median(seconds)
     peak, reached = peak_flops(device), matrix_flops(device, MATRIX if device.type == "cuda" else 512)
     return {

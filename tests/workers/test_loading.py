@@ -65,6 +65,6 @@ def test_a_worker_with_another_model_is_named_instead_of_waited_for(ray_cluster,
     config.num_hidden_layers += 1
     config.layer_types = None
     config.save_pretrained(folders / "1")
-    with RayWorkerGroup(LoadingWorker, n_workers_per_node=2, device="cpu") as group:
-        with pytest.raises(WorkerError, match="on rank 1 .* worker 0 has other parameters: .*layers"):
-            group.load(str(folders), -1)
+    refusal = pytest.raises(WorkerError, match="on rank 1 .* worker 0 has other parameters: .*layers")
+    with RayWorkerGroup(LoadingWorker, n_workers_per_node=2, device="cpu") as group, refusal:
+        group.load(str(folders), -1)

@@ -28,8 +28,8 @@ def peak_flops(device: torch.device) -> float | None:
     return next((peak for part, peak in PEAKS.items() if part in words), None)
 
 
-def training_flops(config: Any, matrix_parameters: int, lengths: np.ndarray) -> float:
-    """Of a forward and a backward pass over sequences of these lengths; recomputation is not counted.
+def training_flops(config: Any, matrix_parameters: int, lengths: np.ndarray) -> np.ndarray:
+    """(N,) float64: of a forward and a backward pass over each sequence; recomputation is not counted.
 
     A token takes 6 operations for each parameter it is multiplied with (the layers' matrices and the head's), and
     causal attention 6 h (s + 1) per layer in a sequence of s tokens, h the heads times their size: two products of
@@ -42,15 +42,17 @@ def training_flops(config: Any, matrix_parameters: int, lengths: np.ndarray) -> 
     """
     s = lengths.astype(np.float64)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * (s * (s + 1)).sum()
-    return float(6 * matrix_parameters * s.sum() + attention)
+    return 6 * matrix_parameters * s + 6 * config.num_hidden_layers * config.num_attention_heads * head_dim * s * (
+        s + 1
+    )
 
 
 def matrix_parameters(config: Any) -> int:
     """Parameters of the matrices that a token is multiplied with, in a dense decoder with gated layers: attention, MLP,
-    head."""
+    head. A configuration without the MLP's width is taken for four times the model's."""
     hidden = config.hidden_size
     head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     attention = hidden * head_dim * (2 * config.num_attention_heads + 2 * kv_heads)
-    return config.num_hidden_layers * (attention + 3 * hidden * config.intermediate_size) + config.vocab_size * hidden
+    mlp = 3 * hidden * getattr(config, "intermediate_size", 4 * hidden)
+    return config.num_hidden_layers * (attention + mlp) + config.vocab_size * hidden

@@ -357,7 +357,9 @@ class TrainerConfig:
     total_epochs: int = key(30, "Passes over the training questions (a step counts as one batch of the loader).")
     total_training_steps: int | None = key(None, "Stop after this many steps; null: after `total_epochs`.")
     seed: int = key(1, "The one seed: order of questions, sampling, bundles, pairings.")
-    balance_batch: bool = key(True, "Give workers equal amounts of tokens rather than equal numbers of rows.")
+    balance_batch: bool = key(
+        True, "Give workers equal work, in operations of a pass, rather than equal numbers of rows."
+    )
     critic_warmup: int = key(0, "First steps, in which only the critic is updated.")
     val_before_train: bool = key(True, "Validate before the first step.")
     test_freq: int = key(-1, "Validate every so many steps; -1: at the end only.")

@@ -138,7 +138,7 @@ class RayPPOTrainer:
             batch = batch.with_columns(reward_baselines=baselines)
             metrics |= {name: metrics[name] + greedy_metrics[name] for name in COUNTS if name in metrics}
         metrics |= self.rollout.pause()
-        plan = UpdatePlan.make(batch, self.config, self.actor.world_size)
+        plan = UpdatePlan.make(batch, self.config, self.actor.world_size, self.model_config)
         batch = batch.with_columns(mini_batch=plan.mini_batch)
         batch.meta_info["n_mini_batches"] = plan.n_mini_batches
         with timer("old_log_prob"):
@@ -243,7 +243,7 @@ class RayPPOTrainer:
         seconds = timer.seconds.get("update_actor")
         if self.peak_flops is None or seconds is None:
             return {}
-        flops = training_flops(self.model_config, matrix_parameters(self.model_config), plan.lengths)
+        flops = float(training_flops(self.model_config, matrix_parameters(self.model_config), plan.lengths).sum())
         flops *= self.config.actor_rollout_ref.actor.ppo_epochs
         return {"perf/mfu/actor": flops / (seconds * self.actor.world_size * self.peak_flops)}
 

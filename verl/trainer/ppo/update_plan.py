@@ -1,11 +1,15 @@
 """How the rows of a batch are divided into mini-batches and among workers."""
 
+from functools import partial
+from typing import Any
+
 import numpy as np
 import torch
 
 from verl.protocol import DataProto
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.groups import encode_ids
+from verl.utils.flops import matrix_parameters, training_flops
 from verl.utils.seqlen_balancing import balanced_partition, contiguous_partition
 from verl.workers.sequences import sequence_lengths
 
@@ -20,12 +24,23 @@ def _units(uid: np.ndarray, workers: int) -> list[np.ndarray]:
     return np.split(np.argsort(question, kind="stable"), np.cumsum(np.bincount(question))[:-1])
 
 
+def _costs(
+    batch: DataProto, config: PPOConfig, lengths: np.ndarray, model_config: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) operations that each row takes, and those of them that a row saves beside another one of its question: its
+    prompt's, where rows are packed."""
+    flops = partial(training_flops, model_config, matrix_parameters(model_config))
+    of_row, of_prompt = flops(lengths), flops(batch["prompt_length"].numpy())
+    return of_row, of_prompt if config.actor_rollout_ref.model.use_remove_padding else np.zeros_like(of_prompt)
+
+
 class UpdatePlan:
     """Which mini-batch each row belongs to, and which worker computes it.
 
     A mini-batch is `ppo_mini_batch_size` questions with all their rows, in batch order. Each one's rows are divided
-    among the workers, by tokens if `trainer.balance_batch`: whole questions where there are enough of them, since a
-    worker computes the prompt of its packed rows once. A worker's rows of all mini-batches stay with it.
+    among the workers, by the operations that they take if `trainer.balance_batch`: whole questions where there are
+    enough of them, since a worker computes the prompt of its packed rows once. A worker's rows of all mini-batches
+    stay with it.
     """
 
     def __init__(self, mini_batch: torch.Tensor, rows: list[np.ndarray], lengths: np.ndarray) -> None:
@@ -47,16 +62,18 @@ class UpdatePlan:
         }
 
     @classmethod
-    def make(cls, batch: DataProto, config: PPOConfig, workers: int) -> "UpdatePlan":
+    def make(cls, batch: DataProto, config: PPOConfig, workers: int, model_config: Any) -> "UpdatePlan":
+        """`batch` has N rows with uid, prompt_length and response_mask; `model_config` is the language model's."""
         rows_per_mini_batch = config.actor_rollout_ref.actor.ppo_mini_batch_size * config.actor_rollout_ref.rollout.n
         mini_batch = np.arange(len(batch)) // rows_per_mini_batch
         lengths = sequence_lengths(batch)
+        of_row, of_prompt = _costs(batch, config, lengths, model_config)
         rows: list[list[np.ndarray]] = [[] for _ in range(workers)]
         for number in range(mini_batch[-1] + 1):
             index = np.flatnonzero(mini_batch == number)
             units = [index[unit] for unit in _units(batch["uid"][index], workers)]
             if config.trainer.balance_batch:
-                parts = balanced_partition([lengths[unit].sum() for unit in units], workers)
+                parts = balanced_partition([of_row[u].sum() - of_prompt[u[1:]].sum() for u in units], workers)
             else:
                 parts = contiguous_partition(len(units), workers)
             for worker, part in enumerate(parts):
