@@ -90,7 +90,11 @@ SETS: dict[str, ReadySet | TestSet] = {
     ),
     "minerva": TestSet("math-ai/minervamath", "minerva", "question", "answer"),
     "olympiadbench": TestSet(
-        "math-ai/olympiadbench", "olympiadbench", "question", "final_answer", {"id": "id", "subject": "subfield"}
+        "math-ai/olympiadbench",
+        "olympiadbench",
+        "question",
+        "final_answer",
+        {"id": "id", "subject": "subfield", "tolerance": "error"},
     ),
 }
 

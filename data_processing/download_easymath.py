@@ -2,7 +2,8 @@
 
     python data_processing/download_easymath.py --output-dir data/easymath
 
-The answer of MATH is the last box of its solution, that of GSM8K what follows `####`.
+The answer of MATH is the last box of its solution, or the last ones if they make a list, that of GSM8K what follows
+`####`.
 """
 
 import re
@@ -14,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a script finds i
 
 from data_processing.outputs import NO_ANSWER, Output, make, new_row, parser, run
 from data_processing.sources import Record, Source, as_answer
+from verl.utils.reward_score.answers import boxes, last_box
 from verl.utils.reward_score.instructions import BOXED
 
 MATH, GSM8K = "DigitalLearningGmbH/MATH-lighteval", "openai/gsm8k"
@@ -21,20 +23,18 @@ BOX = re.compile(r"\\(?:boxed|fbox)\s*")
 
 
 def last_boxed(solution: str) -> str:
-    """What the last \\boxed{} or \\fbox{} holds, braces nested to any depth; \\boxed 2 holds 2. "" without one."""
-    boxes = list(BOX.finditer(solution))
-    if not boxes:
+    """What the last \\boxed{} or \\fbox{} holds, as the verifier reads it: boxes side by side are a list. \\boxed 2
+    holds 2. "" without one, or if the last one is not closed."""
+    tokens = list(BOX.finditer(solution))
+    if not tokens:
         return ""
-    rest = solution[boxes[-1].end() :]
+    rest = solution[tokens[-1].end() :]
     if not rest.startswith("{"):
         bare = re.match(r"[^\s$]+", rest)
         return bare.group() if bare else ""
-    depth = 0
-    for brace in re.finditer(r"\\.|[{}]", rest, re.DOTALL):  # \{ and \} are braces to be printed
-        depth += {"{": 1, "}": -1}.get(brace.group(), 0)
-        if depth == 0:
-            return rest[1 : brace.start()].strip()
-    return ""
+    closed = any(start == tokens[-1].start() for start, _, _ in boxes(solution))
+    box = last_box(solution) if closed else None
+    return box[1].strip() if box else ""
 
 
 def math_row(record: Record) -> dict[str, Any] | str:

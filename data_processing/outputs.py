@@ -38,7 +38,7 @@ from verl.utils import manifest
 from verl.utils.tokenizer import load_tokenizer
 
 SUMMARY = "summary.json"
-FORMAT = 1  # raised when the rows made from an equal source change, so that older folders are made again
+FORMAT = 2  # raised when the rows made from an equal source change, so that older folders are made again
 WRITE_BYTES = 16 << 20  # of text and images in one row group
 TELL_S = 30.0  # between two lines about the progress, where no bar can be drawn
 NAMED_PLACES = 10  # rows that the summary names per reason for leaving them out

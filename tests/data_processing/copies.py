@@ -90,7 +90,7 @@ def hard_sets(root):
     olympiad = {"context": None, "modality": "Text-only", "subfield": "Algebra", "answer_type": "Numerical"}
     rows = [
         olympiad | {"id": 1, "question": "Solve $x^2=2$.", "final_answer": ["$\\sqrt{2}$", "$-\\sqrt{2}$"]},
-        olympiad | {"id": 2, "question": "Find $T$.", "context": "Let $T=7$.", "final_answer": ["7"]},
+        olympiad | {"id": 2, "question": "Find $T$.", "context": "Let $T=7$.", "final_answer": ["7"], "error": "1e-1"},
         olympiad | {"id": 3, "question": "Prove it.", "final_answer": None},
     ]
     write(root / "olympiadbench" / "data" / "test-00000-of-00001.parquet", rows)

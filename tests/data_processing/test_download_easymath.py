@@ -33,6 +33,8 @@ def test_ground_truth_of_math_is_the_last_box_with_its_braces(tmp_path):
         ("$\\boxed{\n3\n}$", "3"),
         ("\\boxed", ""),
         ("no box", ""),
+        ("so $x$ is $\\boxed{-2}$ or $\\boxed{5}$.", "-2, 5"),
+        ("first \\boxed{1}, so finally \\boxed{2}", "2"),
     ],
 )
 def test_last_box(solution, answer):

@@ -83,6 +83,13 @@ def test_gsm8k_answer_is_the_last_number_in_a_box_or_after_the_marker():
         r"$\boxed{\$1,234}$",
         r"\boxed{1000 + 234 = 1234}",
         "#### １２３４",
+        "#### **1234**",
+        r"\boxed{\$1,234 \text{ per week}}",
+        r"\boxed{\$1234\text{ dollars}}",
+        r"\boxed{\$1.234 \text{ thousand}}",
+        r"\boxed{1234\$}",
+        "\\boxed{1234}.\n#### ",
+        "#### 1234\n#### Explanation of the steps",
     ]:
         assert read(response) == "1234", response
     assert read("#### -5") == "-5"
@@ -135,6 +142,28 @@ def test_geometry3k_scores_nine_tenths_answer_and_one_tenth_format(response, acc
     result = compute_score("hiyouga/geometry3k", response, "56")
     assert (result["acc"], result["format"]) == (acc, formatted)
     assert result["score"] == pytest.approx(0.9 * acc + 0.1 * formatted)
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "answer", "right"),
+    [
+        (None, "3.2", 0),
+        ("1e-1", "3.2", 1),
+        ("1e-1", "3.3", 0),
+        ("0.5", "\\sqrt{10}", 1),
+        ("0.5", "x", 0),
+        ("0.5", "3, 3", 0),
+    ],
+)
+def test_a_number_may_be_off_by_the_published_tolerance(tolerance, answer, right):
+    info = {"tolerance": tolerance}
+    assert compute_score("olympiadbench", f"\\boxed{{{answer}}}", "3.14", info)["score"] == right
+
+
+def test_a_list_may_have_a_tolerance_for_each_of_its_numbers():
+    info = {"tolerance": "0.1, 1"}
+    assert compute_score("olympiadbench", "\\boxed{2.05, 7.5}", "2, 7", info)["score"] == 1
+    assert compute_score("olympiadbench", "\\boxed{2.5, 7.05}", "2, 7", info)["score"] == 0
 
 
 @pytest.mark.parametrize("ground_truth", ["", " ", "$$", r"\boxed{}", "1" * 3000, ["5"], None])

@@ -9,6 +9,7 @@ import re
 from verl.utils.reward_score.latex import has_prose
 from verl.utils.reward_score.symbolic import extract
 
+MAX_LINES = 8  # after "Answer:", in which an answer is looked for
 MAX_LINE = 200  # characters of a bare line, and of a sentence, that is read as an answer
 
 BRACES = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
@@ -16,18 +17,22 @@ BETWEEN_BOXES = re.compile(r"[\s$]*(?:[,;]|(?:[,;]\s*)?(?:\\text\s*\{\s*)?(?:and
 ANSWER_LINE = re.compile(
     r"^[^\w\n]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*[*_]*[ \t]*[:：]", re.IGNORECASE | re.MULTILINE
 )
+# A sentence of one line to the end of the text, but for a hope that it is right; a question is no answer.
+LAST_SENTENCE = re.compile(r"((?:[^\n.!?]|[.!?](?=\S))*)[.!]?(?:\s+I hope [^\n]*)?\s*")
+SEVERAL = re.compile(r"\b(?:either|or)\b", re.IGNORECASE)  # what is not decided
+MARKUP = re.compile(r"\\[\[\]()]|[\s$*_`]")
 ANSWER_PHRASE = re.compile(r"\banswer\b[^.\n]{0,40}?(?:\bis\b|[:=])", re.IGNORECASE)
 
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
-    """Start, end and content of every `\\boxed{...}` (or `\\fbox`) that is closed, in the order of their ends; braces
-    nest, and escaped ones do not count."""
+    """Start, end and content of every `\\boxed{...}` (or `\\fbox`) that is closed and holds something, in the order of
+    their ends; braces nest, and escaped ones do not count."""
     found = []
     opened: list[tuple[int, int] | None] = []  # None is a brace of no box
     for token in BRACES.finditer(text):
         if token[0] == "}":
             start = opened.pop() if opened else None
-            if start:
+            if start and text[start[1] : token.start()].strip():
                 found.append((start[0], token.end(), text[start[1] : token.start()]))
         elif token[0] == "{":
             opened.append(None)
@@ -57,25 +62,31 @@ def last_line(text: str) -> tuple[int, str] | None:
     matches = list(ANSWER_LINE.finditer(text))
     if not matches:
         return None
-    content = text[matches[-1].end() :].lstrip(" \t\n*_").partition("\n")[0]
+    lines = text[matches[-1].end() :].split("\n", MAX_LINES)[:MAX_LINES]
+    content = next((line for line in lines if MARKUP.sub("", line)), "")
     return (matches[-1].start(), sentence(content)) if content else None
 
 
 def sentence(text: str) -> str:
     """The answer in the rest of a sentence: what math-verify extracts if it has prose, else all of it."""
-    text = text.strip(" \t*_")[:MAX_LINE]
-    return extract(text) or text if has_prose(text) else text
+    text = text.lstrip(" \t*_`:").rstrip(" \t*_`.")[:MAX_LINE]
+    if not has_prose(text) or SEVERAL.search(text):
+        return text
+    return extract(text) or text
 
 
 def final_answer(text: str) -> str | None:
     """The answer of a response, None if it gives none: whichever stands last, the last box or the last line
-    "Answer: ..."; without these what follows "the answer is"; without this the response itself if it is one line
-    without prose, as a bare "42" is."""
+    "Answer: ..."; without these what follows "the answer is", if the response ends with this sentence; without this the
+    response itself if it is one line without prose, as a bare "42" is. A thought that was cut off answers nothing."""
     candidates = [candidate for candidate in (last_box(text), last_line(text)) if candidate]
     if candidates:
         return max(candidates)[1]
+    if "<think>" in text and "</think>" not in text:
+        return None
     phrases = list(ANSWER_PHRASE.finditer(text))
     if phrases:
-        return sentence(text[phrases[-1].end() :].partition("\n")[0])
+        end = LAST_SENTENCE.fullmatch(text, phrases[-1].end())
+        return sentence(end[1]) if end else None
     line = text.strip()
     return line if line and "\n" not in line and len(line) <= MAX_LINE and not has_prose(line) else None

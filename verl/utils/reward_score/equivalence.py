@@ -28,6 +28,7 @@ COMPARABLE = ({"list", "set"}, {"list", "()"}, {"list", "union"})
 
 BASE = re.compile(r"\(?([0-9A-Za-z]+)\)?_\{?(\d{1,2})\}?")
 LETTERS = re.compile(r"[A-Za-z][A-Za-z\s.,'!?]*")
+CHOICES = "abcdefghij"  # letters that a model may write in lower case
 CHOICE = re.compile(r"\(?([A-Z])\)?")
 CHOSEN = re.compile(r"(?:[Oo]ption\s|[Cc]hoice\s)?\s*(?:\(([A-Z])\)|([A-Z])(?:[.):]|$))(?:\s(.*))?", re.DOTALL)
 MARK = re.compile(r"\([A-Z]\)|\b[A-Z][.):]")  # of a second choice
@@ -64,6 +65,30 @@ def equivalent(answer: str, ground_truth: str) -> bool:
     return _same(gold, answer)
 
 
+def close(answer: str, ground_truth: str, tolerance: str) -> bool:
+    """Whether the numbers of two answers differ by at most `tolerance`: one number, or one for each of a list."""
+    limits = [float(limit) for limit in tolerance.split(",")]
+    found, wanted = _values(answer), _values(ground_truth)
+    limits = limits * len(wanted) if len(limits) == 1 else limits
+    return len(found) == len(wanted) == len(limits) and all(
+        x is not None and y is not None and abs(x - y) <= limit
+        for x, y, limit in zip(found, wanted, limits, strict=True)
+    )
+
+
+def _values(answer: str) -> list[float | None]:
+    text = exact(form(answer))
+    parts = collection(text)
+    return [_value(relation(part)[1]) for part in (parts.elements if parts else (text,))]
+
+
+def _value(text: str) -> float | None:
+    if read := quantity(text):
+        return float(read.value)
+    expression = symbolic.read(text)
+    return float(expression) if expression is not None and expression.is_number and expression.is_real else None
+
+
 def _same(gold: str, answer: str) -> bool:
     gold, answer = exact(gold), exact(answer)
     if not gold or not answer:
@@ -83,9 +108,14 @@ def _same(gold: str, answer: str) -> bool:
 
 
 def _same_choice(gold: str, answer: str) -> bool | None:
-    choice, chosen = CHOICE.fullmatch(_words(gold)), CHOSEN.fullmatch(_words(answer))
-    if not choice or not chosen or MARK.search(chosen[3] or ""):
+    choice, words = CHOICE.fullmatch(_words(gold)), _words(answer)
+    if choice and words.strip("()") in CHOICES:
+        words = words.upper()
+    chosen = CHOSEN.fullmatch(words)
+    if not chosen or MARK.search(chosen[3] or ""):
         return None
+    if not choice:  # (B) 27 for 27
+        return True if chosen[1] and chosen[3] and _same(gold, chosen[3]) else None
     return choice[1] == (chosen[1] or chosen[2])
 
 
@@ -139,7 +169,7 @@ def _same_relation(gold: str, answer: str) -> bool | None:
     if not other_name:
         return None if INEQUALITY.search(answer) else _same(value, answer)
     if not NAME.fullmatch(other_name) or (
-        name != other_name and SYMBOL.fullmatch(name) and SYMBOL.fullmatch(other_name)
+        name.lower() != other_name.lower() and SYMBOL.fullmatch(name) and SYMBOL.fullmatch(other_name)
     ):
         return None
     return _same(value, other_value)

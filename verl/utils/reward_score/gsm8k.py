@@ -10,14 +10,14 @@ from verl.utils.reward_score.structure import relation
 from verl.utils.reward_score.units import quantity
 
 MAX_LENGTH = 200  # characters of an answer
-MARKER = re.compile(r"####[ \t]*([^\n]*)")
+MARKER = re.compile(r"####[ \t*`]*([^\n]*\d[^\n]*)")
 
 
 def read_number(text: str) -> Number | None:
     """The number of an answer, with or without thousands separators, currency, unit, `x =` and trailing period."""
     if len(text) > MAX_LENGTH:
         return None
-    return quantity(relation(normal_form(text))[1])
+    return quantity(relation(normal_form(text.strip(" \t*`")))[1])
 
 
 def compute_score(

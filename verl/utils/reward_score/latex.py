@@ -47,6 +47,14 @@ REWRITES = [
         (r"\\[()]|(?<!\\)\\[\[\]]|(?<!\\)\$", " "),
         (r"\\(?:left|right|middle|[bB]igg?[lrm]?)" + END + r"\s*\.?", ""),
         (r"\\(?:displaystyle|textstyle|limits|nolimits|mathstrut)" + END, " "),
+        (
+            r"\\(?:bf|it|rm|sf|tt|em|bfseries|normalsize|large|Large|LARGE|huge|Huge)"
+            + END
+            + r"|\\[hv]?phantom\s*\{[^{}]*\}",
+            " ",
+        ),
+        (r"\\langle" + END, "("),
+        (r"\\rangle" + END, ")"),
         (r"\\!", ""),
         (r"(?<=\d)(?:\\,|\{,\})(?=\d{3}(?!\d))", ","),
         (r"(?<=\d)\{,\}(?=\d)", "."),
@@ -87,6 +95,7 @@ REWRITES = [
         (r"(\\frac|\\sqrt|\})\s+\{", r"\1{"),
         (r"(^|[(\[,=])\s*\+", r"\1"),
         (r"^\s*(?:=|\\(?:approx|sim)" + END + ")", ""),
+        (r"^(\s*-?\d+)\s*\(?\\?(?:pmod|bmod|mod)\s*\{?\s*\d+\s*\}?\)?\s*$", r"\1"),
         (r"\s+", " "),
     ]
 ]

@@ -75,6 +75,8 @@ def collection(text: str) -> Collection | None:
     if matrix:
         rows = [split(row, CELL) for row in split(matrix[2], ROW) if row]
         kind = "determinant" if matrix[1] == "vmatrix" else "matrix"
+        if kind == "matrix" and len(rows) > 1 and all(len(row) == 1 for row in rows):
+            return Collection("()", tuple(row[0] for row in rows))  # a column is the point with its coordinates
         return Collection(f"{kind} {[len(row) for row in rows]}", tuple(cell for row in rows for cell in row))
     parts = split(text, CUP)
     if len(parts) > 1:

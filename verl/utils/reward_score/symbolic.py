@@ -16,12 +16,16 @@ No call sets a time limit or a signal: a scoring process is killed from outside.
 import logging
 import random
 import re
+from contextlib import suppress
 from functools import lru_cache, reduce
 from math import inf, lgamma, log, log10
+from typing import Any
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig, latex2sympy, normalize_latex
 from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
+from math_verify.parser import get_last_eq, should_treat_as_complex
 from sympy.core.function import AppliedUndef
 from sympy.core.relational import Relational
 
@@ -52,12 +56,8 @@ UNREADABLE = re.compile(
     r"|\d\s+\d|:[^:]*:"  # it reads 2 3 as a mixed number and 3:2:1 as a fraction
 )
 BINOMIAL_ARGUMENT = re.compile(r"\s*\d{1,4}\s*|(?:\d{0,2}[a-df-hj-zA-DF-HJ-Z+\-\s])*\d{0,2}")  # no e, no i
-CONFIG = LatexExtractionConfig(
-    boxed_match_priority=-1,
-    normalization_config=NormalizationConfig(
-        basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none"
-    ),
-)
+NORMALIZATION = NormalizationConfig(basic_latex=True, units=False, malformed_operators=True, nits=False, boxed="none")
+CONVERSION = ConversionConfig(lowercase_symbols=False)  # R is not r
 FORMS = [
     # Read as a mixed number, too: (1)(2) as 3.
     (re.compile(r"(?<![_^\d.])(\d+(?:\.\d+)?)\s*\("), r"\1\\cdot ("),
@@ -105,12 +105,25 @@ def read(text: str) -> sympy.Basic | None:
     if not readable(text):
         return None
     text = reduce(lambda form, rule: rule[0].sub(rule[1], form), FORMS, text)
-    found = parse(f"${text}$", [CONFIG], parsing_timeout=None)
-    expression = found[0] if found else None
+    expression = _convert(normalize_latex(text, NORMALIZATION))
     try:
         return expression if isinstance(expression, sympy.Basic) and digits(expression) <= MAX_DIGITS else None
     except RecursionError:  # 5!!!...!
         return None
+
+
+def _convert(latex: str) -> Any:
+    """What math-verify's own parser would make of it, but for the case of letters, which that one drops."""
+    for part in dict.fromkeys([latex, get_last_eq(latex)]):  # of a = b = c the last equation
+        with suppress(Exception):  # it raises many types for what is no LaTeX
+            return latex2sympy(
+                part,
+                is_real=not should_treat_as_complex(part),
+                convert_degrees=False,
+                normalization_config=None,
+                conversion_config=CONVERSION,
+            )
+    return None
 
 
 def digits(expression: sympy.Basic) -> float:

@@ -57,14 +57,17 @@ WRAPPED = re.compile(
 )
 BARE = re.compile(r"(.*?(?:[\d})%]|\\pi))(\s*)([A-Za-z][A-Za-z ./]*(?:\^\{?\d\}?)?)", re.DOTALL)
 ANGLE_FUNCTION = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")  # degrees are its argument's
+BEFORE_CURRENCY = re.compile(r"(-?[\d.,]*\d)\s*(\\\$|€|£)")
 CURRENCY = re.compile(r"(-?)\s*(\\\$|€|£)\s*([^\\€£].*|\\[^$].*)", re.DOTALL)
 
 
 def split_unit(text: str) -> tuple[str, str]:
     """Value and unit of a text in normal form, the unit empty if there is none. Letters that are not in `\\text{}` are
     a unit if it is known, or after a number if they are words; a single one only after a space, as 5m is a product."""
+    if match := BEFORE_CURRENCY.fullmatch(text):
+        return match[1], match[2]
     if match := CURRENCY.fullmatch(text):
-        return _scaled(match[1] + match[3], "")[0], match[2]
+        return split_unit(match[1] + match[3])[0], match[2]
     if (match := WRAPPED.fullmatch(text)) and match[1] and not ANGLE_FUNCTION.search(match[1]):
         return _scaled(match[1], match[2])
     if match := BARE.fullmatch(text):
