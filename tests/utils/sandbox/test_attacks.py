@@ -195,6 +195,46 @@ print(libc.unshare(0x10000000), libc.mount(b'none', b'/tmp', b'tmpfs', 0, None),
     assert run(code).stdout == "-1 -1 -1\n"
 
 
+@pytest.mark.parametrize("call", ["clone", "clone3"])
+def test_no_file_system_of_its_own_by_a_clone_into_new_namespaces(run, call):
+    """It would be memory that neither the work folder's size nor the address space bounds."""
+    code = f"""
+import ctypes, os, signal, struct
+libc = ctypes.CDLL(None, use_errno=True)
+libc.syscall.restype = ctypes.c_long
+numbers = {{"x86_64": dict(clone=56, clone3=435), "aarch64": dict(clone=220, clone3=435)}}[os.uname().machine]
+flags = 0x10000000 | 0x00020000  # CLONE_NEWUSER, CLONE_NEWNS
+user, group = os.getuid(), os.getgid()
+if "{call}" == "clone":
+    arguments = [ctypes.c_ulong(value) for value in (flags | signal.SIGCHLD, 0, 0, 0, 0)]
+else:
+    clone_args = struct.pack("8Q", flags, 0, 0, 0, signal.SIGCHLD, 0, 0, 0)
+    arguments = [ctypes.create_string_buffer(clone_args, 64), ctypes.c_size_t(64)]
+child = libc.syscall(ctypes.c_long(numbers["{call}"]), *arguments)
+if child < 0:
+    print(os.strerror(ctypes.get_errno()))
+elif child:
+    os.waitpid(child, 0)
+else:
+    try:
+        print("cloned", flush=True)
+        for file, text in (("setgroups", "deny"), ("uid_map", f"0 {{user}} 1"), ("gid_map", f"0 {{group}} 1")):
+            with open(f"/proc/self/{{file}}", "w") as map:
+                map.write(text)
+        context = libc.syscall(430, b"tmpfs", 0)  # fsopen
+        libc.syscall(431, context, 6, None, None, 0)  # fsconfig: create
+        os.fchdir(libc.syscall(432, context, 0, 0))  # fsmount
+        for i in range(12):
+            with open(str(i), "wb") as file:
+                file.write(bytes(1 << 20))
+        print("written", i + 1, "MiB", flush=True)
+    finally:
+        os._exit(0)
+"""
+    said = {"clone": "Operation not permitted", "clone3": "Function not implemented"}
+    assert run(code, disk_bytes=4 << 20).stdout == f"{said[call]}\n"
+
+
 def test_a_tree_of_folders_that_is_hard_to_delete_is_deleted(run):
     before = set(Path(tempfile.gettempdir()).glob("verl-sandbox-*"))
     code = """

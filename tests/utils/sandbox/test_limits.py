@@ -49,9 +49,29 @@ def test_memory_that_is_no_address_space(run):
     code = """
 import ctypes
 libc = ctypes.CDLL(None)
-print(libc.shmget(0, 1 << 20, 0o1600), libc.memfd_create(b'x', 0))
+print(libc.shmget(0, 1 << 20, 0o1600), libc.memfd_create(b'x', 0), libc.semget(0, 32000, 0o1600))
 """
-    assert run(code).stdout == "-1 -1\n"
+    assert run(code).stdout == "-1 -1 -1\n"
+
+
+def test_a_stack_without_limit_is_bounded_by_memory(run):
+    """In a fresh process, whose stack really has room to grow into."""
+    code = """
+import resource, subprocess, sys
+resource.setrlimit(resource.RLIMIT_STACK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+deep = '''
+import sys
+from functools import cache
+sys.setrecursionlimit(2**31 - 1)
+@cache
+def f(n):
+    return f(n + 1)
+f(0)
+'''
+process = subprocess.run([sys.executable, '-S', '-c', deep], stderr=subprocess.DEVNULL)
+print(process.returncode != 0, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss << 10 < 400 << 20)
+"""
+    assert run(code, memory_bytes=400 << 20).stdout == "True True\n"
 
 
 def test_processes_and_threads(run):
@@ -85,7 +105,7 @@ except OSError:
 
 
 def test_the_work_folder_in_namespaces_has_a_size(run, request):
-    if "folder" in request.node.name:
+    if "[folder]" in request.node.name:
         pytest.skip("only a folder in memory has a size of its own")
     code = """
 try:

@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import resource
 import subprocess
 import sys
 
@@ -110,6 +111,46 @@ def test_only_named_packages_can_be_imported(run):
 def test_recursion_through_c_has_room(run):
     code = "from functools import cache\n@cache\ndef f(n):\n    return n and f(n - 1) + 1\nprint(f(20000))"
     assert run(code).stdout == "20000\n"
+
+
+def test_a_program_that_lifts_its_stack_limit_recurses(run):
+    if resource.getrlimit(resource.RLIMIT_STACK)[1] != resource.RLIM_INFINITY:
+        pytest.skip("this machine limits the stack for good")
+    code = """
+import resource, sys
+from functools import cache
+resource.setrlimit(resource.RLIMIT_STACK, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+sys.setrecursionlimit(10**6)
+@cache
+def f(n):
+    return n and f(n - 1) + 1
+print(f(100000))
+"""
+    assert run(code).stdout == "100000\n"
+
+
+def test_threads_and_processes_work(run):
+    code = """
+import multiprocessing, os, subprocess, threading
+def say(what):
+    print(what, flush=True)
+threads = [threading.Thread(target=say, args=("thread",)) for _ in range(3)]
+for thread in threads:
+    thread.start()
+for thread in threads:
+    thread.join()
+if os.fork() == 0:
+    say("fork")
+    os._exit(0)
+os.wait()
+print(subprocess.check_output(["/bin/echo", "subprocess"], text=True), end="")
+print(subprocess.check_output("echo shell | cat", shell=True, text=True), end="", flush=True)
+process = multiprocessing.Process(target=say, args=("multiprocessing",))
+process.start()
+process.join()
+"""
+    expected = ["thread"] * 3 + ["fork", "subprocess", "shell", "multiprocessing"]
+    assert run(code).stdout.split() == expected
 
 
 def test_sets_of_text_print_the_same_each_time(run):

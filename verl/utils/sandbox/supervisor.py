@@ -148,7 +148,8 @@ class Supervisor:
         limits = {
             resource.RLIMIT_CPU: (cpu, cpu + 1),  # a signal, and a second later the one that cannot be ignored
             resource.RLIMIT_AS: self.limits["memory_bytes"],
-            resource.RLIMIT_STACK: STACK_BYTES,
+            # Contest programs lift this limit, and fail if they may not. The address space counts the stack too.
+            resource.RLIMIT_STACK: (STACK_BYTES, resource.getrlimit(resource.RLIMIT_STACK)[1]),
             resource.RLIMIT_NPROC: self.limits["processes"],
             resource.RLIMIT_NOFILE: self.limits["open_files"],
             resource.RLIMIT_FSIZE: self.limits["file_bytes"],
