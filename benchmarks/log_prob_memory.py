@@ -23,6 +23,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # run as a script, it
 
 from benchmarks.report import machine, memory_peak, write_report
 from verl.trainer.ppo.registry import one_thread
+from verl.utils.device import compute_dtype, head_chunk_tokens
 from verl.utils.torch_functional import log_prob_and_entropy
 
 TEMPERATURE = 0.8
@@ -41,18 +42,21 @@ def chunked(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) ->
 WAYS: dict[str, Callable[..., tuple[torch.Tensor, torch.Tensor]]] = {"plain": plain, "chunked": chunked}
 
 
-def inputs(tokens: int, vocabulary: int, hidden_size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def inputs(
+    tokens: int, vocabulary: int, hidden_size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(tokens, hidden_size, generator=generator).to(device, dtype)
-    weight = (torch.randn(vocabulary, hidden_size, generator=generator) / hidden_size**0.5).to(device, dtype)
-    return hidden, weight, torch.randint(vocabulary, (tokens,), generator=generator).to(device)
+    hidden = torch.randn(tokens, hidden_size, generator=generator).to(DEVICE, dtype)
+    weight = (torch.randn(vocabulary, hidden_size, generator=generator) / hidden_size**0.5).to(DEVICE, dtype)
+    return hidden, weight, torch.randint(vocabulary, (tokens,), generator=generator).to(DEVICE)
 
 
 def peak_mib(way: str, backward: bool, tokens: int, vocabulary: int, hidden_size: int) -> float:
     """Of one pass, over the inputs; in a new process, so that nothing has been freed before."""
-    hidden, weight, labels = inputs(tokens, vocabulary, hidden_size)
+    hidden, weight, labels = inputs(tokens, vocabulary, hidden_size, compute_dtype(DEVICE))
     results = 0
     if backward:
         hidden.requires_grad_(), weight.requires_grad_()
@@ -68,11 +72,12 @@ def peak_mib(way: str, backward: bool, tokens: int, vocabulary: int, hidden_size
 
 
 def differences(tokens: int, vocabulary: int, hidden_size: int) -> dict[str, float]:
-    """Largest absolute differences of the results, and of the gradients relative to the largest gradient."""
+    """In float32: largest absolute differences of the results, and of the gradients relative to the largest one."""
     found: dict[str, list[torch.Tensor]] = {}
     for name, way in WAYS.items():
         hidden, weight, labels = (
-            tensor.requires_grad_(tensor.is_floating_point()) for tensor in inputs(tokens, vocabulary, hidden_size)
+            tensor.requires_grad_(tensor.is_floating_point())
+            for tensor in inputs(tokens, vocabulary, hidden_size, torch.float32)
         )
         log_prob, entropy = way(hidden, weight, labels)
         (log_prob + entropy).sum().backward()
@@ -91,7 +96,7 @@ def times_at_a_small_vocabulary(tokens: int, vocabulary: int, hidden_size: int) 
     best = dict.fromkeys(WAYS, float("inf"))
     for _ in range(20):
         for name, way in WAYS.items():
-            hidden, weight, labels = inputs(tokens, vocabulary, hidden_size)
+            hidden, weight, labels = inputs(tokens, vocabulary, hidden_size, compute_dtype(DEVICE))
             hidden.requires_grad_()
             start = time.perf_counter()
             way(hidden, weight.requires_grad_(), labels)[0].sum().backward()
@@ -122,7 +127,7 @@ def measure(tokens: int, vocabulary: int, hidden_size: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=8 * head_chunk_tokens(DEVICE), help="eight chunks by default")
     parser.add_argument("--vocabulary", type=int, default=151_936)
     parser.add_argument("--hidden", type=int, default=256, help="hidden size; the logits do not depend on it")
     parser.add_argument("--output", type=Path, help="a file for the JSON, which is printed otherwise")

@@ -51,3 +51,9 @@ def test_what_rows_share_counts_once_in_a_micro_batch():
     # 10 + 4 + 3 = 17; then the prompt again: 10, and no room for another prompt
     assert [part.tolist() for part in parts] == [[0, 1, 2], [3], [4]]
     assert [part.tolist() for part in split_by_sum(lengths, 20, np.arange(5), shared)] == [[0, 1, 2, 3], [4]]
+
+
+def test_rows_that_share_a_long_prompt_are_not_too_many_for_its_copies():
+    lengths, shared = np.full(9, 101), np.array([0, *[100] * 8])  # 109 tokens of their own, 909 keys
+    parts = split_by_sum(lengths, 202, np.arange(9), shared)
+    assert [len(part) for part in parts] == [8, 1]

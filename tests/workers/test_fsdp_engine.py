@@ -1,10 +1,14 @@
 """The engine's checkpoints and exports, its refusals, and its guard against gradients that are not finite."""
 
+import json
+
 import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     OPTConfig,
     OPTForCausalLM,
     PhiConfig,
@@ -179,6 +183,28 @@ def test_a_model_with_more_than_a_head_is_refused(start, tmp_path):
     model.lm_head.bias.data.normal_()
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="PhiForCausalLM does more to its logits"):
+        start(tmp_path)
+
+
+def test_a_model_with_weights_in_buffers_is_refused(start, tmp_path):
+    """The routing bias of a mixture of experts: no parameter, so it would stay behind wherever parameters go."""
+    config = Glm4MoeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=16, moe_intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, n_routed_experts=4, num_experts_per_tok=2,
+        first_k_dense_replace=0,
+    )  # fmt: skip
+    Glm4MoeForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="Glm4MoeForCausalLM keeps weights in buffers .*e_score_correction_bias, 1 in"):
+        start(tmp_path)
+
+
+def test_a_head_of_its_own_under_a_configuration_that_ties_it_is_refused(start, tiny_model, tmp_path):
+    lm = AutoModelForCausalLM.from_pretrained(tiny_model, tie_word_embeddings=False)
+    lm.lm_head.weight = torch.nn.Parameter(torch.randn_like(lm.lm_head.weight))
+    lm.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match="config.json says tie_word_embeddings=true, but the weights hold a head"):
         start(tmp_path)
 
 

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+MAX_KEYS = 4  # times the token budget; see `split_by_sum`
+
 
 def balanced_partition(costs: Sequence[float] | np.ndarray, parts: int) -> list[np.ndarray]:
     """Split indices 0..n-1 into `parts` groups of nearly equal total cost, each in ascending order.
@@ -53,19 +55,21 @@ def split_by_tokens(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
 
 def split_by_sum(lengths: np.ndarray, budget: int, order: np.ndarray, shared: np.ndarray) -> list[np.ndarray]:
     """Micro-batches of rows that take at most `budget` tokens together, filled in the given order of indices.
-    shared: of each index, how many of its tokens it has in common with the one before it in `order`; they count once.
+    shared: of each index, how many of its tokens it has in common with the one before it in `order`; they count once,
+    but attention copies their keys for every row: with these, rows take at most MAX_KEYS times the budget.
 
     Raises ValueError where one sequence alone exceeds the budget.
     """
     _check_budget(lengths, budget)
     parts: list[list[int]] = []
-    taken = budget
+    taken, keys = budget, 0
     for index in order:
-        if taken + lengths[index] - shared[index] > budget:
+        if taken + lengths[index] - shared[index] > budget or keys + lengths[index] > MAX_KEYS * budget:
             parts.append([])
-            taken = shared[index]  # not in this micro-batch yet
+            taken, keys = shared[index], 0  # not in this micro-batch yet
         parts[-1].append(index)
         taken += lengths[index] - shared[index]
+        keys += lengths[index]
     return [np.array(part, dtype=np.int64) for part in parts]
 
 

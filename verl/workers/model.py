@@ -82,8 +82,10 @@ def _load(model_path: str, packed: bool, with_head: bool) -> PreTrainedModel:
     disable_progress_bar()
     reads_weights = _reads_weights()
     lm = _read(model_path) if reads_weights else _without_weights(model_path)
-    if with_head and reads_weights:
-        check_head(lm, model_path)
+    if reads_weights:
+        check_tensors(lm, model_path)
+        if with_head:
+            check_head(lm, model_path)
     switch_off_dropout(lm)
     if packed:
         use_packed_attention(lm, model_path, trial=reads_weights)
@@ -106,6 +108,23 @@ def _without_weights(model_path: str) -> PreTrainedModel:
     with suppress(OSError):  # it has none of its own: then it is the one that the configuration makes
         lm.generation_config = GenerationConfig.from_pretrained(model_path)
     return lm
+
+
+def check_tensors(lm: PreTrainedModel, model_path: str) -> None:
+    """Refuse a model with weights that are no parameters, which nothing here would carry along, and one whose head
+    should be its embeddings but has weights of its own."""
+    parameters = {name for name, _ in lm.named_parameters(remove_duplicate=False)}
+    if buffers := sorted(lm.state_dict().keys() - parameters):
+        raise ValueError(
+            f"actor_rollout_ref.model.path={model_path}: {type(lm).__name__} keeps weights in buffers ({buffers[0]}, "
+            f"{len(buffers)} in all), which this engine does not bring to workers, rollouts and exports: use another"
+        )
+    head, embeddings = lm.get_output_embeddings(), lm.get_input_embeddings()
+    if lm.config.get_text_config().tie_word_embeddings and head.weight is not embeddings.weight:
+        raise ValueError(
+            f"actor_rollout_ref.model.path={model_path}: config.json says tie_word_embeddings=true, but the weights "
+            "hold a head of their own: set it to false there, or take the head out of the file"
+        )
 
 
 @torch.no_grad()

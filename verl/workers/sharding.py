@@ -43,10 +43,11 @@ def shard(model: nn.Module, layers: Iterable[nn.Module], mesh: DeviceMesh, devic
 @torch.no_grad()
 def _spread(model: nn.Module, weights: Mapping[str, torch.Tensor], device: torch.device) -> None:
     """Bring each worker its part of the `weights` that worker 0 has, one tensor at a time."""
-    names = [list(weights)]
-    dist.broadcast_object_list(names, src=0)
-    if names[0] != (own := [name for name, _ in model.named_parameters()]):  # the workers would wait for each other
-        raise RuntimeError(f"worker 0 has other parameters: {sorted(set(names[0]) ^ set(own)) or 'in another order'}")
+    own = [f"{name} {list(parameter.shape)}" for name, parameter in model.named_parameters()]
+    first = [own]
+    dist.broadcast_object_list(first, src=0)
+    if first[0] != own:  # the workers would wait for each other, or scatter what does not fit
+        raise RuntimeError(f"worker 0 has another model; what differs: {sorted(set(first[0]) ^ set(own))[:4]}")
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         if dist.get_rank() == 0:

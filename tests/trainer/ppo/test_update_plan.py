@@ -98,6 +98,13 @@ def test_a_long_response_counts_for_its_attention():
     assert sorted(rows.tolist() for rows in made.rows) == [[0], list(range(1, 9))]
 
 
+@pytest.mark.parametrize("balance", [True, False])
+def test_a_short_last_mini_batch_may_leave_workers_without_rows(balance):
+    made, _ = plan(3, 2, 6, balance)
+    last = [made.mini_batch[rows].tolist().count(1) for rows in made.rows]
+    assert sorted(last) == [0, 0, 1, 1, 1, 1]
+
+
 def test_without_balancing_rows_stay_in_order():
     made, _ = plan(6, 6, 2, balance=False)
     assert [rows.tolist() for rows in made.rows] == [list(range(12)), list(range(12, 24))]

@@ -102,14 +102,9 @@ class RayPPOTrainer:
             with timer("step"):
                 with self._profiled():
                     batch, metrics = self.train_step(timer)
-                last = self.step == self.total_steps
-                if last or (trainer.test_freq > 0 and self.step % trainer.test_freq == 0):
+                if self._is_due(trainer.test_freq):
                     with timer("testing"):
                         metrics |= self.validator(self.step)
-                save = trainer.save_freq > 0 and (last or self.step % trainer.save_freq == 0)
-                if save:
-                    with timer("save_checkpoint"):
-                        self.checkpoints.write(self.step)
             metrics |= compute_timing_metrics(timer.seconds, metrics["perf/total_num_tokens"], self.actor.world_size)
             self.tracking.log(metrics, self.step)
             self.tracking.log_samples(self.step, sample_rows(batch), "train")
@@ -126,6 +121,7 @@ class RayPPOTrainer:
         self.model_config = AutoConfig.from_pretrained(self.config.actor_rollout_ref.model.path).get_text_config()
         self.rollout.start()
         self.weight_check = self._prepare_weight_check()
+        self.rollout.pause()  # until the weights come: a checkpoint is loaded into the memory of the training GPUs
         self._resume()
         self._update_weights(check=True)
 
@@ -164,6 +160,10 @@ class RayPPOTrainer:
                     seen, result = result
                     batch = batch.with_columns(**seen.columns())
                 update_metrics |= result[0]
+        save_freq = self.config.trainer.save_freq
+        if save_freq > 0 and self._is_due(save_freq):
+            with timer("save_checkpoint"):  # while the engines on the training GPUs leave their memory free
+                self.checkpoints.write(self.step)
         with timer("update_weights"):
             metrics |= self._update_weights(check=self._weight_check_is_due())
         metrics |= (
@@ -269,6 +269,10 @@ class RayPPOTrainer:
         check = WeightCheck(self.rollout, self.actor, self.config.trainer.seed, self.config.data.max_response_length)
         check.prepare(self.loader.dataset.batch(range(min(CHECK_QUESTIONS, len(self.loader.dataset)))))
         return check
+
+    def _is_due(self, freq: int) -> bool:
+        """Every `freq` steps and at the end."""
+        return self.step == self.total_steps or (freq > 0 and self.step % freq == 0)
 
     def _weight_check_is_due(self) -> bool:
         return self.step == 1 or self.step % WEIGHT_CHECK_FREQ == 0

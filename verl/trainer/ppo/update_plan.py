@@ -77,5 +77,5 @@ class UpdatePlan:
             else:
                 parts = contiguous_partition(len(units), workers)
             for worker, part in enumerate(parts):
-                rows[worker].append(np.concatenate([units[i] for i in part]))
+                rows[worker].append(np.concatenate([np.empty(0, dtype=np.int64), *(units[i] for i in part)]))
         return cls(torch.from_numpy(mini_batch), [np.concatenate(parts) for parts in rows], lengths)
