@@ -7,6 +7,7 @@ Entropy falls as reward rises, under any objective: the third panel compares it 
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,25 @@ SMOOTHING = 5  # steps of the running mean
 
 
 def read(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    """The steps of a run's metrics.jsonl. Of a run that goes on, or was killed, the last line may be half written: it
+    is left out, with a message. ValueError for another line that is no step, and if there is none."""
+    path = run_dir / "metrics.jsonl"
+    steps: list[dict[str, Any]] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            step = json.loads(line)
+        except json.JSONDecodeError:
+            step = None
+        if isinstance(step, dict) and "step" in step:
+            steps.append(step)
+        elif number < len(lines):
+            raise ValueError(f"{path}, line {number} is not an object with a step: mend or remove it")
+        else:
+            print(f"{path}: left out line {number}, the last one, which is not whole", file=sys.stderr)
+    if not steps:
+        raise ValueError(f"{path} has no steps yet")
+    return steps
 
 
 def series(steps: list[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
@@ -39,11 +58,10 @@ def validation_name(steps: list[dict[str, Any]]) -> str | None:
     return next((n for n in names if not n.endswith("_se")), None)
 
 
-def plot(run_dirs: list[Path], output: Path) -> None:
+def plot(runs: list[tuple[str, list[dict[str, Any]]]], output: Path) -> None:
+    """Draw the steps of each run under its name."""
     figure, (reward, validation, entropy) = plt.subplots(1, 3, figsize=(11, 3.4), layout="constrained")
-    for run_dir in run_dirs:
-        steps = read(run_dir)
-        label = run_dir.name
+    for label, steps in runs:
         x, y = series(steps, "critic/score/mean")
         (line,) = reward.plot(x, smooth(y), label=label)
         if name := validation_name(steps):
@@ -71,7 +89,11 @@ def main() -> None:
     for run_dir in arguments.run_dirs:
         if not (run_dir / "metrics.jsonl").is_file():
             parser.error(f"{run_dir} has no metrics.jsonl; give run folders")
-    plot(arguments.run_dirs, arguments.output)
+    try:
+        runs = [(run_dir.name, read(run_dir)) for run_dir in arguments.run_dirs]
+    except ValueError as error:
+        parser.error(str(error))
+    plot(runs, arguments.output)
     print(arguments.output)
 
 

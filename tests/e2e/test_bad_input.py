@@ -99,6 +99,14 @@ def test_a_reward_function_that_fails(start, tmp_path, body, message):
         ("trainer.plugins=[/nowhere.py]", "trainer.plugins: /nowhere.py is not a Python file"),
         ("trainer.profile_steps=[0]", r"trainer.profile_steps=\[0\]: there is no step 0, the run has"),
         ("trainer.profile_steps=[99]", r"trainer.profile_steps=\[99\]: there is no step 99, the run has"),
+        (
+            "trainer.default_local_dir=/proc/foo",
+            r"trainer.default_local_dir=/proc/foo: /proc/foo cannot be written \(No ",
+        ),
+        (
+            f"trainer.default_local_dir={__file__}",
+            r"test_bad_input.py cannot be written \(it is a file\): name another",
+        ),
         ("trainer.n_gpus_per_node=3", "trainer.worker_group=local has one worker, not trainer.n_gpus_per_node=3"),
     ],
 )

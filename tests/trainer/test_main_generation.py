@@ -106,6 +106,14 @@ def test_a_stopped_run_goes_on_to_the_same_rows(generate, monkeypatch, capsys):
     assert "is finished already" in capsys.readouterr().out
 
 
+def test_a_file_that_is_being_written_is_refused(generate, tiny_model, arithmetic_data, tmp_path):
+    job = build(config(tiny_model, arithmetic_data / "val.parquet", tmp_path / "out.parquet"))
+    with pytest.raises(ValueError, match="data.output_path=.*out.parquet: in use by another run"):
+        generate("out.parquet")
+    job.shutdown()
+    assert generate("out.parquet")
+
+
 def test_a_long_part_tells_how_far_it_is(monkeypatch, capsys):
     monkeypatch.setattr(main_generation, "PROGRESS_S", 0.0)
     progress, output = main_generation.Progress("part 1/2"), GenerationOutput.empty(5, 4, pad_token_id=0)

@@ -52,6 +52,14 @@ def test_the_loss_is_the_mean_over_tokens(arithmetic_data, tiny_model, tmp_path)
     trainer.workers.shutdown()
 
 
+def test_a_folder_that_is_in_use_is_refused(arithmetic_data, tiny_model, tmp_path):
+    trainer = build(config(arithmetic_data, tiny_model, tmp_path, "trainer.total_training_steps=1"))
+    with pytest.raises(ValueError, match="trainer.default_local_dir=.*in use by another run"):
+        build(config(arithmetic_data, tiny_model, tmp_path))
+    run(trainer)
+    build(config(arithmetic_data, tiny_model, tmp_path)).workers.shutdown()
+
+
 def test_it_learns_and_writes_a_folder_that_loads(arithmetic_data, tiny_model, tmp_path, capsys):
     run(build(config(arithmetic_data, tiny_model, tmp_path)))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("sft step")]

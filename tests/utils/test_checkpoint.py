@@ -133,17 +133,6 @@ def test_a_damaged_checkpoint_does_not_count_as_kept(tmp_path):
     assert folder.steps() == [4] and (aside / "trainer.pt").is_file()
 
 
-def test_checkpoints_are_set_aside_for_a_run_started_anew(tmp_path, capsys):
-    folder = CheckpointFolder(tmp_path / "checkpoints")
-    folder.set_aside()
-    assert capsys.readouterr().out == ""
-    for number in (1, 2):
-        save(folder, 4)
-        folder.set_aside()
-        assert folder.steps() == []
-        assert (tmp_path / f"checkpoints.before_{number}" / "global_step_4").is_dir()
-
-
 class Killed(BaseException):
     pass
 

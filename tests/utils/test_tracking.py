@@ -56,11 +56,18 @@ def test_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, capsys):
     assert lines(tmp_path / "stopped") == lines(tmp_path / "whole")
 
 
-def test_a_run_that_starts_anew_keeps_nothing_of_the_earlier_one(tmp_path):
-    run(tmp_path, range(5))
-    run(tmp_path, range(2))
+def test_a_run_that_starts_anew_moves_the_earlier_one_aside(tmp_path, capsys):
+    run(tmp_path, range(5), 0, "jsonl", "tensorboard")
+    earlier = lines(tmp_path)
+    assert capsys.readouterr().out == ""
+    run(tmp_path, range(2), 0, "jsonl", "tensorboard")
+    assert f"are kept in {tmp_path}/before_1\n" in capsys.readouterr().out
     assert [json.loads(line)["step"] for line in lines(tmp_path).splitlines()] == [0, 1]
     assert len(list((tmp_path / "samples").iterdir())) == 2
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    assert lines(tmp_path / "before_1") == earlier
+    assert len(list((tmp_path / "before_1" / "samples").iterdir())) == 5
+    assert len(list((tmp_path / "before_1" / "tensorboard").iterdir())) == 1
 
 
 def test_a_damaged_metrics_file_is_refused_with_its_line(tmp_path):
@@ -201,14 +208,14 @@ def test_wandb_is_offline_and_says_so_when_not_logged_in(wandb, tmp_path, capsys
 
 def test_wandb_is_online_with_a_key_and_follows_wandb_mode(wandb, tmp_path, capsys, monkeypatch):
     (tmp_path / "netrc").write_text("machine api.wandb.ai\n  login user\n  password k\n")
-    run(tmp_path, [1], 0, "wandb")
+    run(tmp_path / "one", [1], 0, "wandb")
     (tmp_path / "netrc").write_text("machine elsewhere.org\n  login user\n  password k\n")
     assert not tracking.wandb_logged_in()
     monkeypatch.setenv("WANDB_API_KEY", "k")
-    run(tmp_path, [1], 0, "wandb")
+    run(tmp_path / "two", [1], 0, "wandb")
     monkeypatch.delenv("WANDB_API_KEY")
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    run(tmp_path, [1], 0, "wandb")
+    run(tmp_path / "three", [1], 0, "wandb")
     assert [options["mode"] for options in wandb.started] == [None, None, None]
     assert capsys.readouterr().out == ""
 

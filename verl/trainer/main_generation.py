@@ -33,6 +33,7 @@ from verl.trainer.main_ppo import check_context_length, cluster_device
 from verl.trainer.ppo.generation import sample_to_measure
 from verl.utils.checkpoint import file_crc32, find_fault, read_manifest
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.run_folder import LOCK, RunLock
 from verl.utils.tokenizer import load_tokenizer
 from verl.workers.rollout.base import GenerationOutput, OnFinished, Rollout, SamplingParams, WorkerRollout
 from verl.workers.rollout.engine_pool import EngineError
@@ -53,12 +54,13 @@ TERMS = {
 
 @dataclass
 class Generation:
-    """Everything that the run needs; `workers` and `rollout` are None if the file is finished already."""
+    """Everything that the run needs; all that may be None is so if the file is finished already."""
 
     config: GenerationConfig
     dataset: RLHFDataset
     columns: pa.Table  # of the questions, in the dataset's order
     file: PartedFile
+    lock: RunLock | None = None
     workers: WorkerGroup | None = None
     rollout: Rollout | None = None
 
@@ -130,6 +132,8 @@ class Generation:
             self.rollout.shutdown()
         if self.workers is not None:
             self.workers.shutdown()
+        if self.lock is not None:
+            self.lock.release()
 
 
 class Progress:
@@ -187,13 +191,20 @@ def build(config: GenerationConfig) -> Generation:
             check_vllm(training, cluster_device(training))
     except ValueError as error:
         raise ValueError(in_own_terms(str(error))) from error
-    job.workers = create_worker_group(
-        config.trainer, GenerationWorker, model_path, config.rollout.name, config.rollout.max_num_seqs
-    )
-    if config.rollout.name == "hf":
-        job.rollout = WorkerRollout(job.workers, log_probs=False)
-    else:
-        job.rollout = EngineRollout(training, job.workers, tokenizer.pad_token_id)
+    # Beside the parts' folder, which is deleted while the lock is held.
+    lock = file.path.with_name(f".{file.path.name}{LOCK}")
+    job.lock = RunLock(lock, f"data.output_path={file.path}", "name another data.output_path")
+    try:
+        job.workers = create_worker_group(
+            config.trainer, GenerationWorker, model_path, config.rollout.name, config.rollout.max_num_seqs
+        )
+        if config.rollout.name == "hf":
+            job.rollout = WorkerRollout(job.workers, log_probs=False)
+        else:
+            job.rollout = EngineRollout(training, job.workers, tokenizer.pad_token_id)
+    except BaseException:
+        job.shutdown()
+        raise
     return job
 
 
@@ -338,6 +349,8 @@ def run(job: Generation) -> None:
         job()
     except EngineError as error:
         raise EngineError(in_own_terms(str(error))) from error
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt("interrupted; started again, it goes on after its last part") from interrupt
     finally:
         job.shutdown()
 

@@ -1,6 +1,7 @@
 """`python -m verl.trainer.main_ppo [--config-name=PRESET] [--config-dir=DIR] key=value ...`: train with PPO."""
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 from transformers import AutoConfig, PreTrainedTokenizerBase
@@ -23,6 +24,7 @@ from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.device import resolve_device
 from verl.utils.plugins import load_plugins
 from verl.utils.report import print_report
+from verl.utils.run_folder import LOCK, RunLock
 from verl.utils.tokenizer import load_tokenizer
 from verl.utils.tracking import Tracking
 from verl.workers.actor_rollout_ref import ActorRolloutRefWorker
@@ -53,21 +55,26 @@ def build(config: PPOConfig) -> RayPPOTrainer:
     loader = StatefulLoader(train, batch_size, config.data.seed, config.data.shuffle, batch_key, weights)
     check_profile_steps(config, total_training_steps(config, len(loader)))
     reward_function = load_reward(config)
-    reward = make_reward_manager(reward_function, config.reward_model)
-    try:
+    run_dir = config.trainer.default_local_dir
+    with ExitStack() as on_failure:
+        setting, otherwise = f"trainer.default_local_dir={run_dir}", "set another trainer.experiment_name"
+        lock = RunLock(Path(run_dir) / LOCK, setting, otherwise)
+        on_failure.callback(lock.release)
+        reward = make_reward_manager(reward_function, config.reward_model)
+        on_failure.callback(reward.close)
         check_reward(reward_function, reward.evaluate, [train, val])
         check_resumable(config, loader)
         tracking = Tracking.from_config(config)
         if config.actor_rollout_ref.actor.use_torch_compile and cluster_device(config) == "cpu":
             print("on a CPU without effect: actor_rollout_ref.actor.use_torch_compile")
         actor = start_actor(config, total_training_steps(config, len(loader)))
+        on_failure.callback(actor.shutdown)
         check_shared(config, actor)
         rollout = make_rollout(config, actor, tokenizer.pad_token_id)
         validator = Validator(config, rollout, val, reward, tracking)
-        return RayPPOTrainer(config, actor, rollout, loader, reward, validator, tokenizer, tracking)
-    except BaseException:
-        reward.close()
-        raise
+        trainer = RayPPOTrainer(config, actor, rollout, loader, reward, validator, tokenizer, tracking, lock)
+        on_failure.pop_all()
+        return trainer
 
 
 def resolve_paths(config: PPOConfig) -> None:
@@ -161,11 +168,15 @@ def run(trainer: RayPPOTrainer) -> None:
     """Train and report; workers and trackers are closed whatever happens."""
     try:
         trainer.fit()
+    except KeyboardInterrupt as interrupt:
+        message = f"interrupted at step {trainer.step}; {trainer.checkpoints.prospect()}"
+        raise KeyboardInterrupt(message) from interrupt
     finally:
         trainer.tracking.finish()
         trainer.reward.close()
         trainer.rollout.shutdown()
         trainer.actor.shutdown()
+        trainer.lock.release()
     print_report(Path(trainer.config.trainer.default_local_dir))
 
 

@@ -11,6 +11,7 @@ from verl.single_controller.worker_group import WorkerGroup, create_worker_group
 from verl.trainer.cli import run_cli
 from verl.trainer.config.sft_schema import SFTConfig
 from verl.utils.dataset.sft_dataset import SFTDataset
+from verl.utils.run_folder import LOCK, RunLock
 from verl.utils.tokenizer import load_tokenizer
 from verl.workers.sft import SFTWorker
 
@@ -20,6 +21,7 @@ class SFTTrainer:
     config: SFTConfig
     data: SFTDataset
     workers: WorkerGroup
+    lock: RunLock
 
     def fit(self) -> None:
         """Train for `trainer.total_training_steps` and write the model."""
@@ -55,8 +57,13 @@ def build(config: SFTConfig) -> SFTTrainer:
         )
     tokenizer = load_tokenizer(config.model.path, "model.path")
     dataset = SFTDataset(data.train_files, tokenizer, data.max_prompt_length, data.max_response_length)
-    Path(trainer.default_local_dir).mkdir(parents=True, exist_ok=True)
-    return SFTTrainer(config, dataset, create_worker_group(trainer, SFTWorker, config))
+    folder = trainer.default_local_dir
+    lock = RunLock(Path(folder) / LOCK, f"trainer.default_local_dir={folder}", "set another trainer.default_local_dir")
+    try:
+        return SFTTrainer(config, dataset, create_worker_group(trainer, SFTWorker, config), lock)
+    except BaseException:
+        lock.release()
+        raise
 
 
 def run(trainer: SFTTrainer) -> None:
@@ -64,6 +71,7 @@ def run(trainer: SFTTrainer) -> None:
         trainer.fit()
     finally:
         trainer.workers.shutdown()
+        trainer.lock.release()
 
 
 if __name__ == "__main__":

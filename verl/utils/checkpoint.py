@@ -95,15 +95,6 @@ class CheckpointFolder:
         shutil.rmtree(aside, ignore_errors=True)
         return folder.rename(aside)
 
-    def set_aside(self) -> None:
-        """Rename the folder, if it has anything, so that a run started anew never goes on from what is in it."""
-        if not self.root.is_dir() or not any(self.root.iterdir()):
-            return
-        number = 1 + sum(1 for _ in self.root.parent.glob(f"{self.root.name}.before_*"))
-        aside = self.root.with_name(f"{self.root.name}.before_{number}")
-        print(f"trainer.resume_mode=disable: earlier checkpoints are kept as {aside}")
-        self.root.rename(aside)
-
     def _temporary(self, step: int) -> Path:
         return self.root / f"global_step_{step}.incomplete"
 

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from verl.trainer.config.schema import PPOConfig
+from verl.utils.run_folder import set_aside
 
 Metrics = Mapping[str, float]
 
@@ -67,12 +68,14 @@ class Tracking:
 
     def start(self, step: int, total_steps: int) -> None:
         """Open the trackers of a run that has done `step` of `total_steps` steps. What an earlier run in this folder
-        logged after that step (at step 0: all of it) is dropped, so that the files tell one run."""
+        logged after that step is dropped (at step 0: all is set aside), so that the files tell one run."""
         self._step = step if step > 0 else -1
+        if step == 0:
+            set_aside(self.run_dir, checkpoints=False)
         (self.run_dir / "samples").mkdir(parents=True, exist_ok=True)
         OmegaConf.save(OmegaConf.create(self.config), self.run_dir / "config.yaml")
         for path in (self.run_dir / "samples").glob("*_step_*.jsonl"):
-            if int(path.stem.rsplit("_", 1)[1]) > self._step:
+            if int(path.stem.rsplit("_", 1)[1]) > step:
                 path.unlink()
         for logger in self._loggers:
             logger.start(step, total_steps)
@@ -172,7 +175,7 @@ class JsonlLogger:
 
     def start(self, step: int, total_steps: int) -> None:
         if self.path.exists():
-            kept, dropped = lines_up_to(self.path, step if step > 0 else -1)
+            kept, dropped = lines_up_to(self.path, step)
             rewritten = self.path.with_suffix(".jsonl.part")
             rewritten.write_text("".join(kept), encoding="utf-8")
             rewritten.replace(self.path)

@@ -10,6 +10,7 @@ import torch
 
 from verl.trainer.config import load_config
 from verl.trainer.ppo.checkpointing import Checkpointing, check_resumable, check_shared
+from verl.trainer.ppo.core_algos import get_adv_estimator
 from verl.utils import checkpoint
 from verl.utils.checkpoint import find_fault, record
 
@@ -102,6 +103,52 @@ def flip(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
+
+
+def test_a_run_started_anew_keeps_the_checkpoints_with_their_metrics(tmp_path):
+    run(make(tmp_path), [2])
+    (tmp_path / "metrics.jsonl").write_text("a line")
+    assert resumed(tmp_path, "trainer.resume_mode=disable") == (0, 0, 0)
+    assert [path.name for path in tmp_path.iterdir()] == ["before_1"]
+    assert sorted(path.name for path in (tmp_path / "before_1").iterdir()) == ["checkpoints", "metrics.jsonl"]
+
+
+def test_where_a_stopped_run_goes_on_is_known(tmp_path):
+    checkpoints = make(tmp_path)
+    assert checkpoints.prospect() == "started again, the run begins anew: it has no checkpoint yet"
+    run(checkpoints, [2, 10])
+    checkpoints.write(12)  # not committed
+    assert checkpoints.prospect() == "started again, the run goes on from global_step_10"
+    anew = make(tmp_path, "trainer.resume_mode=disable")
+    assert "again with trainer.resume_mode=auto, the run goes on from global_step_10" in anew.prospect()
+
+
+OTHER_MODEL = "actor_rollout_ref.model.path=other"
+
+
+def test_another_models_name_does_not_bring_its_weights(tmp_path, capsys):
+    run(make(tmp_path), [2])
+    assert resumed(tmp_path, OTHER_MODEL) == (2, 2, 2)
+    line = "changed since: actor_rollout_ref.model.path=other (was m) (the weights are the checkpoint's)\n"
+    assert line in capsys.readouterr().out
+
+
+class Loader:
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("term", ["algorithm.use_kl_in_reward", "actor_rollout_ref.actor.use_kl_loss"])
+def test_another_reference_is_refused(tmp_path, term):
+    estimator = get_adv_estimator("grpo", config(tmp_path).algorithm, 2, 1)
+    keys = ["algorithm.adv_estimator=grpo", "actor_rollout_ref.rollout.n=2"]
+    checkpoints = Checkpointing(config(tmp_path, *keys), FakeWorkers(), {"estimator": estimator, "loader": Counter()})
+    checkpoints.write(2)
+    checkpoints.commit()
+    check_resumable(config(tmp_path, *keys, OTHER_MODEL), Loader())
+    check_resumable(config(tmp_path, *keys, f"{term}=True"), Loader())
+    with pytest.raises(ValueError, match=r"^actor_rollout_ref.model.path=other would be another reference .*is of m; "):
+        check_resumable(config(tmp_path, *keys, f"{term}=True", OTHER_MODEL), Loader())
 
 
 DAMAGES = [

@@ -15,6 +15,7 @@ from verl.trainer.ppo.core_algos import get_adv_estimator
 from verl.utils.checkpoint import CheckpointFolder, FileRecord, find_fault, missing, record
 from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.generators import generator_states, restore_generators
+from verl.utils.run_folder import CHECKPOINTS, set_aside
 
 DRIVER_FILE = "trainer.pt"
 
@@ -75,7 +76,7 @@ class Checkpointing:
         Damaged ones are named, renamed, and passed over; if there are no others: ValueError.
         """
         if self.config.trainer.resume_mode == "disable":
-            self.folder.set_aside()
+            set_aside(self.folder.root.parent, checkpoints=True)
             return 0
         folder, damaged = newest_undamaged(self.folder, self._find_fault)
         self._warn(folder, damaged)
@@ -84,12 +85,21 @@ class Checkpointing:
         print(f"resuming from {folder}")
         state = torch.load(folder / DRIVER_FILE, weights_only=False)
         for key, (then, now) in changed_keys(state["config"], asdict(self.config)).items():
-            print(f"  changed since: {key}={now} (was {then})")
+            kept = " (the weights are the checkpoint's)" if key == "actor_rollout_ref.model.path" else ""
+            print(f"  changed since: {key}={now} (was {then}){kept}")
         for name, part in self.parts.items():
             part.load_state_dict(state[name])
         self.workers.load_checkpoint(str(folder))
         restore_generators(state["generators"])
         return int(state["step"])
+
+    def prospect(self) -> str:
+        """What becomes of the run, once it is stopped, when it is started again."""
+        steps = self.folder.steps()
+        if not steps:
+            return "started again, the run begins anew: it has no checkpoint yet"
+        how = " with trainer.resume_mode=auto" if self.config.trainer.resume_mode == "disable" else ""
+        return f"started again{how}, the run goes on from {self.folder.path(steps[0]).name}"
 
     def _find_fault(self, folder: Path) -> str | None:
         if (fault := find_driver_fault(folder)) is not None:
@@ -107,7 +117,7 @@ class Checkpointing:
 
 
 def checkpoint_folder(config: PPOConfig) -> CheckpointFolder:
-    return CheckpointFolder(Path(config.trainer.default_local_dir) / "checkpoints")
+    return CheckpointFolder(Path(config.trainer.default_local_dir) / CHECKPOINTS)
 
 
 def find_driver_fault(folder: Path) -> str | None:
@@ -144,17 +154,22 @@ def check_resumable(config: PPOConfig, loader: StatefulLoader) -> None:
     if folder is None:
         return
     state = torch.load(folder / DRIVER_FILE, weights_only=False)
-    algorithm = config.algorithm
+    algorithm, actor_rollout_ref = config.algorithm, config.actor_rollout_ref
     loader.load_state_dict(state["loader"])
+    model, path = state["config"]["actor_rollout_ref"]["model"]["path"], actor_rollout_ref.model.path
+    if path != model and (algorithm.use_kl_in_reward or actor_rollout_ref.actor.use_kl_loss):
+        raise ValueError(
+            f"actor_rollout_ref.model.path={path} would be another reference for the KL term than before: checkpoint "
+            f"{folder} is of {model}; restore it, set another trainer.experiment_name, or start anew with "
+            "trainer.resume_mode=disable"
+        )
     then = state["config"]["algorithm"]["adv_estimator"]
     if then != algorithm.adv_estimator:
         raise ValueError(
             f"algorithm.adv_estimator is {algorithm.adv_estimator}, in checkpoint {folder} it is {then}: restore it, "
             "set another trainer.experiment_name, or start anew with trainer.resume_mode=disable"
         )
-    estimator = get_adv_estimator(
-        algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
-    )
+    estimator = get_adv_estimator(algorithm.adv_estimator, algorithm, actor_rollout_ref.rollout.n, config.trainer.seed)
     estimator.load_state_dict(state["estimator"])
     if estimator.needs_critic and not (folder / "critic" / ".metadata").is_file():
         raise ValueError(

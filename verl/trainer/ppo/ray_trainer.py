@@ -28,6 +28,7 @@ from verl.trainer.ppo.validation import Validator
 from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.flops import matrix_parameters, training_flops
 from verl.utils.generators import seed_generators
+from verl.utils.run_folder import RunLock
 from verl.utils.timer import Timer
 from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
@@ -54,6 +55,7 @@ class RayPPOTrainer:
         validator: measures the policy on the validation questions.
         tokenizer: decodes responses.
         tracking: where metrics and samples go.
+        lock: of the run's folder, released by whoever ends the run.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class RayPPOTrainer:
         validator: Validator,
         tokenizer: Any,
         tracking: Tracking,
+        lock: RunLock,
     ) -> None:
         self.config = config
         self.actor = actor
@@ -74,6 +77,7 @@ class RayPPOTrainer:
         self.loader = loader
         self.validator = validator
         self.tracking = tracking
+        self.lock = lock
         algorithm = config.algorithm
         self.estimator = get_adv_estimator(
             algorithm.adv_estimator, algorithm, config.actor_rollout_ref.rollout.n, config.trainer.seed
