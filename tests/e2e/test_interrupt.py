@@ -44,6 +44,7 @@ def test_an_interrupted_run_says_where_it_goes_on_and_leaves_nothing_running(
     command = [sys.executable, "-m", "verl.trainer.main_ppo", *overrides(arithmetic_data, tiny_model, tmp_path, *keys)]
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     environment |= {"PYTHONPATH": str(Path(__file__).parents[2])}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background ignore it, and pass that on
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     run = subprocess.Popen(command, env=environment, start_new_session=True, **pipes)
     try:

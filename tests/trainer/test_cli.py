@@ -1,4 +1,6 @@
-"""What every entry point says at its end; `tests/e2e` has the errors themselves."""
+"""How every entry point ends when it is interrupted; `tests/e2e` has its errors, and a run that is interrupted."""
+
+import signal
 
 import pytest
 
@@ -8,27 +10,57 @@ from verl.trainer.config import PPOConfig
 REQUIRED = ["data.train_files=t", "data.val_files=v", "actor_rollout_ref.model.path=m"]
 
 
-def interrupt(message=""):
-    def call(argument):
-        raise KeyboardInterrupt(*[message][: bool(message)])
-
-    return call
+def interrupted(argument):
+    signal.raise_signal(signal.SIGINT)
 
 
-def nothing(argument):
-    return None
+def hidden(argument):
+    """A library that makes another error of every exception."""
+    try:
+        interrupted(argument)
+    except BaseException as error:
+        raise OSError("rank 0 failed") from error
+
+
+def built(config) -> str:
+    return "job"
+
+
+def main(build, run, *extra: str) -> int:
+    arguments = [*REQUIRED, *extra]
+    return run_cli(build, run, PPOConfig, "ppo_trainer", arguments, interrupted=lambda job: f"{job} interrupted")
+
+
+@pytest.fixture(autouse=True)
+def _interruptible():
+    """Also where the tests run in the background."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
 
 
 @pytest.mark.parametrize(
     ("build", "run", "line"),
     [
-        (interrupt(), nothing, "interrupted"),
-        (nothing, interrupt(), "interrupted"),
-        (nothing, interrupt("interrupted at step 3"), "interrupted at step 3"),
+        (interrupted, None, "interrupted"),
+        (hidden, None, "interrupted"),
+        (built, interrupted, "job interrupted"),
+        (built, hidden, "job interrupted"),
     ],
 )
 def test_an_interrupt_is_one_line_and_status_130(capsys, build, run, line):
-    assert run_cli(build, run, PPOConfig, "ppo_trainer", REQUIRED) == 130
+    assert main(build, run) == 130
     assert capsys.readouterr().err == f"{line}\n"
-    with pytest.raises(KeyboardInterrupt):
-        run_cli(build, run, PPOConfig, "ppo_trainer", [*REQUIRED, "--traceback"])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    with pytest.raises((KeyboardInterrupt, OSError)):
+        main(build, run, "--traceback")
+
+
+def test_a_run_in_the_background_ignores_interrupts(capsys):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    assert main(built, interrupted) == 0
+
+
+def test_an_error_of_the_job_keeps_its_traceback():
+    with pytest.raises(ZeroDivisionError):
+        main(built, lambda job: 1 / 0)

@@ -349,11 +349,13 @@ def run(job: Generation) -> None:
         job()
     except EngineError as error:
         raise EngineError(in_own_terms(str(error))) from error
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt("interrupted; started again, it goes on after its last part") from interrupt
     finally:
         job.shutdown()
 
 
+def where_stopped(job: Generation) -> str:
+    return f"interrupted; started again, it goes on after the last part of {job.file.path}"
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(build, run, GenerationConfig, "generation"))
+    sys.exit(run_cli(build, run, GenerationConfig, "generation", interrupted=where_stopped))

@@ -168,9 +168,6 @@ def run(trainer: RayPPOTrainer) -> None:
     """Train and report; workers and trackers are closed whatever happens."""
     try:
         trainer.fit()
-    except KeyboardInterrupt as interrupt:
-        message = f"interrupted at step {trainer.step}; {trainer.checkpoints.prospect()}"
-        raise KeyboardInterrupt(message) from interrupt
     finally:
         trainer.tracking.finish()
         trainer.reward.close()
@@ -180,5 +177,9 @@ def run(trainer: RayPPOTrainer) -> None:
     print_report(Path(trainer.config.trainer.default_local_dir))
 
 
+def where_stopped(trainer: RayPPOTrainer) -> str:
+    return f"interrupted at step {trainer.step}; {trainer.checkpoints.prospect()}"
+
+
 if __name__ == "__main__":
-    sys.exit(run_cli(build, run, PPOConfig, "ppo_trainer"))
+    sys.exit(run_cli(build, run, PPOConfig, "ppo_trainer", interrupted=where_stopped))
