@@ -151,3 +151,15 @@ def test_overlong_prompt_is_refused_with_its_place_and_the_remedy(tmp_path):
     assert "row 1, column 'prompt': the prompt has 10 tokens, data.max_prompt_length is 8" in message
     assert "all 2 prompts" in refusal(path, max_prompt_length=2, filter_overlong_prompts=True)
     assert "data.truncation is 'middle'" in refusal(path, truncation="middle")
+
+
+def test_a_parquet_file_is_read_without_pickling_its_rows(tmp_path, monkeypatch):
+    """`datasets` would, to name them by their content; it cannot for a column of more than 2 GiB."""
+
+    def pickle_table(_):
+        raise OverflowError("offset overflow while concatenating arrays")
+
+    monkeypatch.setattr("datasets.arrow_dataset.generate_fingerprint", pickle_table)
+    with pytest.raises(OverflowError):
+        dataset(write(tmp_path / "a.jsonl", [row()]))
+    assert len(dataset(write(tmp_path / "a.parquet", [row()]))) == 1

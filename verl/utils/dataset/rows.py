@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
 
 Prepare = Callable[[Dataset], Dataset]
 
@@ -80,7 +81,8 @@ def _read_parquet(path: Path, key: str) -> Dataset:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:  # what pyarrow raises for a file that is not parquet
         raise ValueError(f"{key}: {path} cannot be read as parquet: {_one_line(error)}") from error
-    return Dataset(table)
+    # The fingerprint it would make itself pickles the table, which fails for columns of more than 2 GiB.
+    return Dataset(table, fingerprint=generate_random_fingerprint())
 
 
 def _read_jsonl(path: Path, key: str) -> Dataset:
