@@ -18,8 +18,8 @@ def load_tokenizer(model_path: str, key: str = "actor_rollout_ref.model.path") -
         tokenizer = AutoTokenizer.from_pretrained(model_path)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{key}={model_path}: the tokenizer cannot be loaded; give a folder in Hugging Face's format, or a name where "
-            f"the hub can be reached ({' '.join(str(error).split())[:200]})"
+            f"{key}={model_path}: the tokenizer cannot be loaded; give a Hugging Face folder, or a name where the "
+            f"hub can be reached ({' '.join(str(error).split())[:200]})"
         ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{key}={model_path}: the tokenizer has no end-of-sequence token")
