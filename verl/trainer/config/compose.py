@@ -58,8 +58,8 @@ def load_config(
                 f"{preset_dir / preset}.yaml does not start from the schema: begin it with `defaults: [schema, _self_]`"
             )
         key = message.partition(":")[0]
-        if message.endswith("is not a ListConfig, list or tuple"):
-            message += f"; give a list: {key}=[{_plain_value(key, overrides)}]"
+        if "is not a ListConfig" in message:
+            message = f"{message.rstrip('.')}; give a list: {key}=[{_plain_value(key, overrides)}]"
         if " " not in key and "." in key and key not in leaf_keys(schema):
             message = f"preset {preset}: unknown key {key}{suggestion(key, leaf_keys(schema))}"
         raise ConfigError(message) from error

@@ -153,10 +153,11 @@ def _arguments(function: Callable, offered: dict[str, Any]) -> dict[str, Any]:
     signature = inspect.signature(function).parameters
     parameters = signature.values()
     arguments = {p.name: offered[p.name] for p in parameters if p.name in offered}
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty)
     renamed = {
         p.name: name
         for p, name in zip(parameters, CORE_ARGUMENTS[:3], strict=False)
-        if p.name not in offered and name not in signature and p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+        if p.name not in offered and name not in signature and (p.kind, p.default) == plain
     }
     arguments |= {own: offered[name] for own, name in renamed.items()}
     if any(p.kind is p.VAR_KEYWORD for p in parameters):

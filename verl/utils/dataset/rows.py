@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from datasets import Dataset
 
 Prepare = Callable[[Dataset], Dataset]
-KINDS = {str: "text", bool: "truth value", int: "number", float: "number", list: "list", dict: "dict"}
+KINDS = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "a dict"}
 
 
 def as_read(rows: Dataset) -> Dataset:
@@ -112,9 +112,9 @@ def _first_of_another_type(rows: list[dict[str, Any]]) -> str | None:
         for column, kind, value in _kinds(row):
             seen_in, seen = first.setdefault(column, (number, kind))
             if kind != seen:
-                where = "before it" if seen_in == number else f"in row {seen_in}"
+                where = "in the same row" if seen_in == number else f"in row {seen_in}"
                 return (
-                    f", row {number}, column {column!r}: {_brief(value)} is a {kind}, {where} is a {seen}: use one type"
+                    f", row {number}, column {column!r}: {_brief(value)} is {kind}, {where} it is {seen}: use one type"
                 )
     return None
 
