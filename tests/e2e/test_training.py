@@ -13,8 +13,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.e2e.runs import config, logged, train
+from verl.protocol import DataProto
+from verl.trainer.config.schema import AlgorithmConfig
 from verl.trainer.main_ppo import build, run
 from verl.trainer.ppo import ray_trainer
+from verl.trainer.ppo.core_algos import get_adv_estimator
+from verl.utils.plugins import load_plugins
 from verl.utils.timer import Timer
 
 
@@ -268,9 +272,15 @@ def test_the_readmes_estimator_and_reward_work(files, tmp_path):
     blocks = re.findall(
         r"```python\n(.*?)```", (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8"), re.DOTALL
     )
-    for name, block in zip(("reward.py", "estimator.py"), blocks, strict=True):
+    for name, block in zip(("reward.py", "function.py", "estimator.py"), blocks, strict=True):
         (tmp_path / name).write_text(block)
-    options = [f"custom_reward_function.path={tmp_path}/reward.py", f"trainer.plugins=[{tmp_path}/estimator.py]"]
+    plugins = f"trainer.plugins=[{tmp_path}/function.py,{tmp_path}/estimator.py]"
+    options = [f"custom_reward_function.path={tmp_path}/reward.py", plugins]
+    load_plugins([str(tmp_path / "function.py")])
+    function = get_adv_estimator("centred", AlgorithmConfig("centred"), rollout_n=2, seed=1)
+    batch = {"token_level_rewards": [[0.0, 1.0], [0.0, 0.0]], "response_mask": [[True, True], [True, False]]}
+    batch = DataProto.from_dict({name: torch.tensor(rows) for name, rows in batch.items()} | {"uid": ["a", "a"]})
+    assert function(batch).advantages.tolist() == [[0.5, 0.5], [-0.5, 0.0]]
     options += ["algorithm.adv_estimator=running_mean", "trainer.save_freq=3"]
     steps = train(config(*files, tmp_path / "run", *options))
     state = torch.load(tmp_path / "run/checkpoints/global_step_3/trainer.pt", weights_only=False)

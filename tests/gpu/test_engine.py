@@ -87,3 +87,15 @@ def test_masters_are_float32_and_offloaded_ones_come_back(group, grouped):  # no
     with engine.resident(optimizer=True):
         assert {p.device.type for p in engine.model.parameters()} == {"cuda"}
     assert {p.device.type for p in engine.model.parameters()} == {"cpu"}
+
+
+@pytest.mark.gpu(2, vllm=False)
+def test_two_gpus_give_the_gradient_of_float32(ray_cluster, tiny_model, grouped, expected):  # noqa: F811
+    """Weights scattered by NCCL, gradients reduced by it, packed rows shared by both GPUs."""
+    from verl.single_controller.ray_worker_group import RayWorkerGroup
+
+    layouts = [{}, {"fsdp_size": 1}, {"packed": True}, {"packed": True, "sequence_parallel_size": 2}]
+    with RayWorkerGroup(KernelWorker, (str(tiny_model),), n_workers_per_node=2, device="cuda") as group:
+        for settings in layouts:
+            group.build(**settings)
+            assert_close(group, grouped, expected)

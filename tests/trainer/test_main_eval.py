@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.e2e import runs
-from verl.trainer import main_generation, main_ppo
+from verl.trainer import main_eval, main_generation, main_ppo
 from verl.trainer.config import load_config
 from verl.trainer.config.evaluation_schema import EvalConfig, GenerationConfig
 from verl.trainer.evaluation.parts import parts_folder
@@ -107,6 +107,17 @@ def compute_score(data_source, solution_str, ground_truth, extra_info=None):
     assert report["data_sources"]["one"]["measures"]["mean@2"]["value"] == 0.5
     printed = capsys.readouterr().out
     assert "one: calls of the reward function that failed: 1 exceptions, 1 timeouts" in printed
+
+
+@pytest.mark.parametrize(("calls", "part_bytes", "expected"), [(1024, 3000, [2, 1, 2]), (5, 1 << 26, [2, 2, 1])])
+def test_parts_are_bounded_by_responses_and_by_bytes(evaluate, monkeypatch, calls, part_bytes, expected):
+    monkeypatch.setattr(main_eval, "CALLS", calls)
+    monkeypatch.setattr(main_eval, "PART_BYTES", part_bytes)
+    sizes, as_batch = [], main_eval.as_batch
+    monkeypatch.setattr(main_eval, "as_batch", lambda rows: sizes.append(len(rows)) or as_batch(rows))
+    rows = [row("arithmetic", "5" * length, ["#5", "#6"]) for length in (1000, 1000, 9000, 1000, 1)]
+    assert evaluate(rows)["data_sources"]["arithmetic"]["questions"] == 5
+    assert sizes == expected
 
 
 def test_data_sources_may_have_different_numbers_of_responses(evaluate):

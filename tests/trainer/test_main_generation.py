@@ -243,6 +243,11 @@ def test_what_cannot_work_is_refused(generate, override, message):
         generate("out.parquet", override)
 
 
+def test_a_file_that_main_eval_could_not_read_is_refused(generate):
+    with pytest.raises(ValueError, match="data.output_path=.*out.txt: name a file that ends in .parquet"):
+        generate("out.txt")
+
+
 def test_a_column_that_would_be_overwritten_is_refused(generate, tmp_path):
     generate("out.parquet")
     with pytest.raises(ValueError, match="out.parquet has a column 'responses' already: rename it"):

@@ -135,6 +135,16 @@ def test_console_shows_the_few_numbers_that_matter():
     assert console_numbers({"actor/lr": 1.0}) == []
 
 
+def test_console_counts_rewards_that_failed():
+    none = {f"reward/{kind}": 0.0 for kind in ("exceptions", "timeouts", "crashes", "non_finite")}
+    some = none | {"reward/responses": 20.0, "reward/timeouts": 1.0, "reward/non_finite": 18.0}
+    assert console_numbers(none | {"reward/responses": 20.0}) == []
+    assert console_numbers(some) == ["19 of 20 rewards failed"]
+    assert console_numbers({f"val-aux/{name}": value for name, value in some.items()}) == [
+        "19 of 20 validation rewards failed"
+    ]
+
+
 def console_output(terminal):
     logger = ConsoleLogger(None, "p", "my-run", {})
     logger.console = Console(file=io.StringIO(), force_terminal=terminal, width=120, soft_wrap=True)

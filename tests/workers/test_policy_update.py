@@ -33,7 +33,7 @@ class UpdateWorker(Worker):
     def gradient(self, data: DataProto, config: ActorConfig, temperature: float) -> dict:
         gradients = {}
 
-        def keep_gradients() -> dict[str, float]:
+        def keep_gradients(usable: bool) -> dict[str, float]:
             for name, parameter in self.engine.model.lm.named_parameters():
                 gradients[name] = parameter.grad.full_tensor().clone()
             self.engine.optimizer.zero_grad()

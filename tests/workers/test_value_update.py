@@ -10,7 +10,7 @@ from verl.single_controller.dispatch import Dispatch, register
 from verl.single_controller.worker import Worker
 from verl.single_controller.worker_group import LocalWorkerGroup
 from verl.trainer.config.schema import ActorConfig, OptimConfig
-from verl.workers import engine_checkpoint, sharding
+from verl.workers import engine_checkpoint, sharding, value_update
 from verl.workers.fsdp_engine import EngineSettings, FSDPEngine
 from verl.workers.model import load_value_model
 from verl.workers.sequences import MicroBatchSpec
@@ -40,7 +40,7 @@ class CriticWorker(Worker):
     def gradient(self, data: DataProto, config: ActorConfig, cliprange: float) -> dict:
         gradients = {}
 
-        def keep_gradients() -> dict[str, float]:
+        def keep_gradients(usable: bool) -> dict[str, float]:
             for name, parameter in self.engine.model.lm.named_parameters():
                 gradients[name] = parameter.grad.full_tensor().clone()
             self.engine.optimizer.zero_grad()
@@ -246,6 +246,18 @@ def test_a_gradient_that_is_not_finite_moves_nothing_and_is_counted(new_critic, 
     critic = new_critic()
     poisoned = batch.with_columns(returns=torch.full((N, T), torch.nan))
     assert critic.update(poisoned, ActorConfig(ppo_epochs=2), 0.5)[0]["critic/skipped_updates"] == 2
+    assert not critic.values(batch, 10_000)["values"].any()
+
+
+def test_a_loss_that_is_not_finite_moves_nothing_though_its_gradient_is(new_critic, batch, monkeypatch):
+    def infinite(*args):
+        loss, clipped = value_loss(*args)
+        return loss + torch.inf, clipped
+
+    monkeypatch.setattr(value_update, "value_loss", infinite)
+    critic = new_critic()
+    metrics = critic.update(batch, ActorConfig(), 0.5)[0]
+    assert metrics["critic/skipped_updates"] == 1 and 0 < metrics["critic/grad_norm"] < torch.inf
     assert not critic.values(batch, 10_000)["values"].any()
 
 

@@ -27,7 +27,8 @@ from verl.utils.random import generator
 from verl.workers.reward.function import RewardFunction
 
 COLUMNS = ["data_source", "reward_model", "responses", "response_lengths", "finished"]
-CALLS = 1024  # responses handed to the scoring processes together: each carries its ground truth
+CALLS = 1024  # responses handed to the scoring processes together,
+PART_BYTES = 1 << 26  # or fewer, if the rows that hold them have more: some ground truths have megabytes
 WAITING = 16  # of those parts at a time, so that one that waits for a stuck call keeps no other from its turn
 
 
@@ -74,15 +75,27 @@ class Evaluation:
 
     def _score(self, source: str, places: list[tuple[int, int]]) -> Scores:
         scores = Scores()
-        n = len(self._row(places[0])["responses"])
-        per_call = max(1, CALLS // n)
         console = Console(stderr=True)
-        parts = [places[start : start + per_call] for start in range(0, len(places), per_call)]
+        parts = self._parts(places)
         with ThreadPoolExecutor(WAITING if self.config.reward_model.num_workers else 1) as threads:
             scored = threads.map(self._score_part, parts)
             for part in track(scored, source, len(parts), console=console, disable=not console.is_terminal):
                 scores.add(part)
         return scores
+
+    def _parts(self, places: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+        """What is scored together: questions with up to CALLS responses and PART_BYTES, at least one."""
+        n = len(self._row(places[0])["responses"])
+        parts: list[list[tuple[int, int]]] = []
+        room = 0
+        for file, row in places:
+            size = self.files[file].rows.data.table.slice(row, 1).nbytes
+            if size > room or (len(parts[-1]) + 1) * n > CALLS:
+                parts.append([])
+                room = PART_BYTES
+            parts[-1].append((file, row))
+            room -= size
+        return parts
 
     def _score_part(self, places: list[tuple[int, int]]) -> Scores:
         rows = {f"{file}:{row}": self._row((file, row)) for file, row in places}

@@ -210,6 +210,8 @@ def build(config: GenerationConfig) -> Generation:
 
 def check(config: GenerationConfig) -> None:
     data, rollout = config.data, config.rollout
+    if Path(data.output_path).suffix != ".parquet":
+        raise ValueError(f"data.output_path={data.output_path}: name a file that ends in .parquet, as main_eval reads")
     if rollout.name not in ("hf", "vllm"):
         raise ValueError(f"rollout.name={rollout.name}: use one of hf, vllm")
     for key, value in (

@@ -4,8 +4,9 @@ import json
 import re
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 MEAN = re.compile(r"val-(?:core|aux)/(?P<what>.+)/acc/mean@(?P<n>\d+)")
 
@@ -17,8 +18,9 @@ def validations(run_dir: Path) -> list[dict[str, float]]:
     return [step for step in steps if any(MEAN.fullmatch(name) for name in step)]
 
 
-def validation_table(run_dir: Path) -> Table | None:
-    """Mean accuracy (with its standard error) and pass@k per data source and level; None without a validation."""
+def validation_table(run_dir: Path) -> Group | None:
+    """Mean accuracy (with its standard error) and pass@k per data source and level, under a title; None without a
+    validation."""
     steps = validations(run_dir)
     if not steps:
         return None
@@ -29,7 +31,8 @@ def validation_table(run_dir: Path) -> Table | None:
     counts = sorted({*names.values()}, key=int)
     shown = [first] if first is last else [first, last]
     steps_shown = " → ".join(str(step["step"]) for step in shown)
-    table = Table(title=f"validation accuracy, step {steps_shown}", title_justify="left")
+    title = Text(f"validation accuracy ± standard error, step {steps_shown}", style="italic")
+    table = Table()
     for column in ("", *(f"{measure}@{n}" for n in counts for measure in ("mean", "pass"))):
         table.add_column(column, justify="right" if column else "left")
     for what, n in names.items():
@@ -38,7 +41,7 @@ def validation_table(run_dir: Path) -> Table | None:
         cells[f"mean@{n}"] = " → ".join(_with_error(step, f"{prefix}/mean@{n}") for step in shown)
         cells[f"pass@{n}"] = " → ".join(f"{step[f'{prefix}/pass@{n}']:.3f}" for step in shown)
         table.add_row(what.replace("/", " "), *cells.values())
-    return table
+    return Group(title, table)  # a table's own title is filled up with blanks
 
 
 def print_report(run_dir: Path) -> None:

@@ -14,7 +14,13 @@ def load_tokenizer(model_path: str, key: str = "actor_rollout_ref.model.path") -
     looks_local = model_path.startswith(("/", ".", "~")) or model_path.count("/") != 1
     if looks_local and not Path(model_path).is_dir():
         raise ValueError(f"{key}={model_path}: there is no such folder")
-    tokenizer = AutoTokenizer.from_pretrained(model_path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{key}={model_path}: the tokenizer cannot be loaded; give a Hugging Face folder, or a name where the "
+            f"hub can be reached ({' '.join(str(error).split())[:200]})"
+        ) from error
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{key}={model_path}: the tokenizer has no end-of-sequence token")
     if tokenizer.pad_token_id is None:

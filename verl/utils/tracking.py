@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from verl.trainer.config.schema import PPOConfig
+from verl.trainer.ppo.reward import FAILURES
 from verl.utils.run_folder import set_aside
 
 Metrics = Mapping[str, float]
@@ -154,7 +155,8 @@ class ConsoleLogger:
 
 
 def console_numbers(metrics: Metrics) -> list[str]:
-    """Reward, entropy, validation score (the mean over data sources) and seconds, those of them that there are."""
+    """Reward, entropy, validation score (the mean over data sources), failed rewards and seconds, those of them that
+    there are."""
     validation = [value for name, value in metrics.items() if re.fullmatch(r"val-core/.+/acc/mean@\d+", name)]
     numbers = {
         "reward": metrics.get("critic/score/mean"),
@@ -162,6 +164,10 @@ def console_numbers(metrics: Metrics) -> list[str]:
         "val": float(np.mean(validation)) if validation else None,
     }
     texts = [f"{name} {value:.3f}" for name, value in numbers.items() if value is not None]
+    for prefix, name in (("", "rewards"), ("val-aux/", "validation rewards")):
+        failed = sum(metrics.get(f"{prefix}reward/{kind}", 0) for kind in FAILURES)
+        if failed:
+            texts.append(f"{failed:.0f} of {metrics[prefix + 'reward/responses']:.0f} {name} failed")
     if "timing_s/step" in metrics:
         texts.append(f"{metrics['timing_s/step']:.2f} s/step")
     return texts

@@ -26,7 +26,7 @@ from verl.workers.sharding import make_mesh, shard
 from verl.workers.ulysses import check_size, gather_rows, make_group
 
 CPU = torch.device("cpu")
-MAX_SKIPPED_UPDATES = 10  # in a row, with a gradient that is not finite: then the run is lost
+MAX_SKIPPED_UPDATES = 10  # in a row, with a loss or gradient that is not finite: then the run is lost
 
 
 @dataclass(frozen=True)
@@ -152,19 +152,20 @@ class FSDPEngine:
         # FSDP2 averages gradients over workers: scaled by their number, the average is the sum.
         (loss * dist.get_world_size()).backward()
 
-    def step(self) -> dict[str, float]:
+    def step(self, usable: bool = True) -> dict[str, float]:
         """Clip the gradient, move the weights, and forget the gradient.
 
-        A non-finite gradient moves nothing; MAX_SKIPPED_UPDATES of them in a row are a RuntimeError.
+        One that is not finite, or (`usable`) whose loss is not, moves nothing; MAX_SKIPPED_UPDATES of them in a row are
+        a RuntimeError.
         """
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.grad_clip)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        finite = math.isfinite(grad_norm)
+        finite = usable and math.isfinite(grad_norm)
         self.skipped_in_a_row = 0 if finite else self.skipped_in_a_row + 1
         if self.skipped_in_a_row >= MAX_SKIPPED_UPDATES:
             raise RuntimeError(
-                f"the gradient was not finite in {self.skipped_in_a_row} updates in a row: look at the rewards, or "
-                "lower the learning rate"
+                f"the loss or its gradient was not finite in {self.skipped_in_a_row} updates in a row: look at the "
+                "rewards, or lower the learning rate"
             )
         lr = self.optimizer.param_groups[0]["lr"]
         if finite:

@@ -1,5 +1,6 @@
 """What the policy's and the critic's update share: epochs, mini-batches, micro-batches, gradient, optimizer."""
 
+import math
 from collections import defaultdict
 from typing import Generic, TypeVar
 
@@ -59,17 +60,21 @@ class MiniBatchUpdate(Generic[Seen]):
         totals = self._totals(_loss_mask(data))
         sums: Sums = defaultdict(lambda: torch.zeros((), dtype=torch.float64))
         parts = micro_batches(data, self.spec, self.engine.layout)
-        seen = []
+        seen, whole = [], torch.zeros((), dtype=torch.float64)
         for number, rows in enumerate(parts):
             # The dummy row of a worker that has run out of rows goes the same way, with an empty mask.
             micro = data.select_rows(rows) if len(rows) else dummy_row(data)
             mask = _loss_mask(micro) & (len(rows) > 0)
             loss, values = self.micro_batch(micro, mask.to(self.engine.device), totals, sums)
+            whole += loss.detach().cpu()
             self.engine.backward(loss, last=number + 1 == len(parts))
             if len(rows):
                 seen.append((rows, values))
-        metrics = dict(zip(sums, self.engine.sum_over_workers(torch.stack(list(sums.values()))).tolist(), strict=True))
-        return metrics | {f"{self.name}/{key}": value for key, value in self.engine.step().items()}, seen
+        # Of all workers: they skip a step together.
+        total_loss, *totalled = self.engine.sum_over_workers(torch.stack([whole, *sums.values()])).tolist()
+        stepped = self.engine.step(usable=math.isfinite(total_loss))
+        metrics = dict(zip(sums, totalled, strict=True))
+        return metrics | {f"{self.name}/{key}": value for key, value in stepped.items()}, seen
 
     def _totals(self, mask: torch.Tensor) -> LossTotals:
         """Tokens and sequences of the whole mini-batch, over all workers."""

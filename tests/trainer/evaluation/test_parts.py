@@ -43,11 +43,11 @@ def test_a_part_that_was_being_written_is_not_there(tmp_path, monkeypatch):
     path = tmp_path / "out.parquet"
     file = begun(path)
 
-    def killed(source, where):
+    def killed(where, schema):
         where.write_bytes(b"PAR1 half of a fi")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(parts.pq, "write_table", killed)
+    monkeypatch.setattr(parts.pq, "ParquetWriter", killed)
     with pytest.raises(KeyboardInterrupt):
         file.write(0, table(0))
     monkeypatch.undo()
@@ -57,6 +57,24 @@ def test_a_part_that_was_being_written_is_not_there(tmp_path, monkeypatch):
         again.write(part, table(part))
     again.finish()
     assert len(pq.read_table(path)) == 6
+
+
+def test_row_groups_are_bounded_by_bytes_not_by_rows(tmp_path, monkeypatch):
+    """Text below a struct of which a row group holds more than 2 GiB cannot be read."""
+    monkeypatch.setattr(parts, "GROUP_BYTES", 10_000)
+    sizes = [3000] * 9 + [50_000] + [10] * 30
+    rows = [{"reward_model": {"ground_truth": "x" * size}, "responses": [str(i)]} for i, size in enumerate(sizes)]
+    file = begun(tmp_path / "out.parquet", n_parts=2)
+    file.write(0, pa.Table.from_pylist(rows[:35]))
+    file.write(1, pa.Table.from_pylist(rows[35:]))
+    written = pq.ParquetFile(parts.parts_folder(file.path) / "part_00000.parquet")
+    assert written.metadata.num_row_groups > 4
+    file.finish()
+    joined = pq.ParquetFile(file.path)
+    groups = [joined.read_row_group(i) for i in range(joined.num_row_groups)]
+    assert len(groups) == written.metadata.num_row_groups + 1
+    assert all(group.nbytes <= 10_000 or len(group) == 1 for group in groups)
+    assert sum(len(group) == 1 for group in groups) < 5 and pq.read_table(file.path).to_pylist() == rows
 
 
 @pytest.mark.parametrize("finished", [False, True])

@@ -49,8 +49,11 @@ def test_the_batch_is_cut_at_whole_units():
 
 
 def test_metrics_of_several_batches_add_counts_and_average_the_rest():
-    parts = [{"reward/exceptions": 3.0, "a": 1.0}, {"reward/exceptions": 4.0, "a": 2.0, "b": 5.0}]
-    assert merge_metrics(parts) == {"reward/exceptions": 7.0, "a": 1.5, "b": 5.0}
+    parts = [
+        {"reward/exceptions": 3.0, "reward/responses": 8.0, "a": 1.0},
+        {"reward/exceptions": 4.0, "reward/responses": 8.0, "a": 2.0, "b": 5.0},
+    ]
+    assert merge_metrics(parts) == {"reward/exceptions": 7.0, "reward/responses": 16.0, "a": 1.5, "b": 5.0}
 
 
 def test_prompts_of_different_widths_are_padded_on_the_left():

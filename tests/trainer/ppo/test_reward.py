@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from data_processing.make_tiny_model import build_tokenizer
-from verl.protocol import DataProto
+from verl.protocol import DataProto, object_array
 from verl.trainer.config.schema import CustomRewardConfig, DataConfig, PPOConfig, RewardModelConfig
 from verl.trainer.ppo.reward import RewardManager, at_last_token, check_reward, load_reward
 from verl.utils.dataset.rl_dataset import RLHFDataset
@@ -41,7 +41,7 @@ def score(config, responses, answers=None, lengths=None):
 
 def failures(**counts):
     kinds = ("exceptions", "timeouts", "crashes", "non_finite")
-    return {f"reward/{kind}": counts.get(kind, 0.0) for kind in kinds} | {"reward/acc": ANY}
+    return {f"reward/{kind}": counts.get(kind, 0.0) for kind in kinds} | {"reward/acc": ANY, "reward/responses": ANY}
 
 
 def check_dry(reward, datasets):
@@ -137,8 +137,19 @@ def test_raising_and_non_finite_calls_score_zero_are_counted_and_logged_once(tmp
 def test_endlessly_different_messages_are_not_all_logged(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         _, _, metrics = score(custom(tmp_path, "raise ValueError(solution_str)"), [str(i) for i in range(80)])
-    assert metrics["reward/exceptions"] == 80.0
+    assert metrics["reward/exceptions"] == metrics["reward/responses"] == 80.0
     assert len(caplog.records) == 51 and "further messages" in caplog.records[-1].getMessage()
+
+
+def test_a_failure_is_logged_with_the_data_source_and_index_of_its_question(tmp_path, caplog):
+    data = batch(["good", "bad", "worse"], ["2"] * 3, [3] * 3)
+    data = data.with_columns(extra_info=object_array([{"index": 6}, {"index": 7}, {}]))
+    body = "if data_source != 'good': raise KeyError(data_source)\n    return 1.0"
+    with caplog.at_level(logging.WARNING):
+        manager_of(custom(tmp_path, body))(data, ["1", "2", "3"])
+    first, second = (record.getMessage() for record in caplog.records)
+    assert "scores.py failed on a response to data_source 'bad', extra_info.index 7, which scores as" in first
+    assert "failed on a response to data_source 'worse', which scores as a wrong one: KeyError: 'worse'" in second
 
 
 def test_reward_function_travels_to_another_process_by_name(tmp_path):

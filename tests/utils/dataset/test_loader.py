@@ -69,6 +69,8 @@ def test_impossible_batch_sizes_name_the_key():
     for size in (0, 11):
         with pytest.raises(ValueError, match=f"data.train_batch_size is {size}, .* 10 questions"):
             StatefulLoader(Numbers(10), size, seed=1)
+    with pytest.raises(ValueError, match="have 1 question: set it to 1$"):
+        StatefulLoader(Numbers(1), 2, seed=1)
     with pytest.raises(ValueError, match="data.seed is -1"):
         StatefulLoader(Numbers(10), 2, seed=-1)
 

@@ -126,9 +126,32 @@ def test_bad_cells_are_named_by_file_row_and_column(tmp_path):
     }
     for column, value in cases.items():
         path = write(tmp_path / f"{column}.jsonl", [good, {**good, column: value}])
-        assert f"{column}.jsonl, row 1, column '{column}'" in refusal(path)
+        assert refusal(path).startswith(f"data.train_files: {path}, row 1, column '{column}'")
     path = write(tmp_path / "nothing.parquet", [good, {**good, "prompt": []}])
     assert "row 1, column 'prompt'" in refusal(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "place"),
+    [
+        ([{"prompt": "1+1="}], "row 1, column 'prompt': '1+1=' is text, in row 0 it is a list"),
+        (
+            [{"reward_model": {"ground_truth": 2}}],
+            "row 1, column 'reward_model.ground_truth': 2 is a number, in row 0 it is text",
+        ),
+        ([{"n": None}, {"n": 1}, {"n": 1.5}, {"n": "x"}], "row 4, column 'n': 'x' is text, in row 2 it is a number"),
+        ([{}, {"tags": ["a", 1]}], "row 2, column 'tags[]': 1 is a number, in the same row it is text"),
+    ],
+)
+def test_the_first_value_of_another_type_is_named(tmp_path, changes, place):
+    first = row() | {"n": None, "tags": None}
+    path = write(tmp_path / "mixed.jsonl", [first, *(first | change for change in changes), first])
+    assert refusal(path) == f"data.train_files: {path}, {place}: use one type"
+
+
+def test_a_number_that_no_column_can_hold_is_refused(tmp_path):
+    path = write(tmp_path / "large.jsonl", [row() | {"n": 2**70}])
+    assert refusal(path).startswith(f"data.train_files: {path} cannot be made a table: ")
 
 
 def test_a_tokenizer_without_a_chat_template_is_refused_with_the_remedy(tmp_path):
@@ -149,5 +172,19 @@ def test_overlong_prompt_is_refused_with_its_place_and_the_remedy(tmp_path):
     path = write(tmp_path / "a.parquet", [row("1+1="), row("123+456=")])
     message = refusal(path, max_prompt_length=8)
     assert "row 1, column 'prompt': the prompt has 10 tokens, data.max_prompt_length is 8" in message
-    assert "all 2 prompts" in refusal(path, max_prompt_length=2, filter_overlong_prompts=True)
+    assert "every prompt (2) is longer than data.max_prompt_length=2" in refusal(
+        path, max_prompt_length=2, filter_overlong_prompts=True
+    )
     assert "data.truncation is 'middle'" in refusal(path, truncation="middle")
+
+
+def test_a_parquet_file_is_read_without_pickling_its_rows(tmp_path, monkeypatch):
+    """`datasets` would, to name them by their content; it cannot for a column of more than 2 GiB."""
+
+    def pickle_table(_):
+        raise OverflowError("offset overflow while concatenating arrays")
+
+    monkeypatch.setattr("datasets.arrow_dataset.generate_fingerprint", pickle_table)
+    with pytest.raises(ValueError, match="offset overflow"):
+        dataset(write(tmp_path / "a.jsonl", [row()]))
+    assert len(dataset(write(tmp_path / "a.parquet", [row()]))) == 1

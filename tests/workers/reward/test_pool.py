@@ -1,10 +1,10 @@
 import contextlib
 import os
-import pickle
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 from random import Random
@@ -96,9 +96,30 @@ def test_what_cannot_travel_is_an_exception_that_says_so(pool):
     assert "a result of type Unpicklable cannot be sent to the driver: TypeError: not this one" in str(unpicklable)
 
 
-def test_a_request_that_cannot_travel_is_refused_at_once(pool):
-    with pytest.raises((pickle.PicklingError, AttributeError)):
-        pool.submit([RewardRequest("s", "r", lambda: None, {})])
+def test_a_request_that_cannot_travel_fails_alone(pool):
+    lone = RewardRequest("s", "good", lambda: None, {})
+    results = pool.evaluate([request("good"), lone, request("good"), *[lone] * 20])
+    assert kinds(results) == ["float", "RuntimeError", "float", *["RuntimeError"] * 20]
+    assert f"of {SCORERS}: the request cannot be sent to a scoring process: " in str(results[1])
+    assert "\n" not in str(results[1])
+    assert pool.evaluate(requests("good")) == [1.0]
+
+
+def test_waiting_requests_share_their_ground_truth():
+    """200 copies of it would be 200 MiB, and messages of 8 requests for two processes some 30 each."""
+    truth = "x" * 2**20
+    pool = new_pool(timeout_s=100.0)
+    pool.evaluate(requests("good"))
+    tracemalloc.start()
+    try:
+        future = pool.submit([RewardRequest("s", "hang", truth, {}) for _ in range(200)])
+        pool.close()  # once what was submitted has been taken in
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 20 * 2**20
+    with pytest.raises(RuntimeError, match="closed"):
+        future.result()
 
 
 def test_stuck_scorers_are_killed_and_counted(pool):

@@ -58,9 +58,17 @@ def load_config(
                 f"{preset_dir / preset}.yaml does not start from the schema: begin it with `defaults: [schema, _self_]`"
             )
         key = message.partition(":")[0]
+        if "is not a ListConfig" in message:
+            message = f"{message.rstrip('.')}; give a list: {key}=[{_plain_value(key, overrides)}]"
         if " " not in key and "." in key and key not in leaf_keys(schema):
             message = f"preset {preset}: unknown key {key}{suggestion(key, leaf_keys(schema))}"
         raise ConfigError(message) from error
+
+
+def _plain_value(key: str, overrides: list[str]) -> str:
+    """What was given for `key`, if it is no list."""
+    values = [value for name, _, value in (text.lstrip("+").partition("=") for text in overrides) if name == key]
+    return next((value for value in values if not value.startswith("[")), "...")
 
 
 def _checked(text: str, schema: type) -> str:

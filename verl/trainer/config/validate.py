@@ -5,12 +5,14 @@ from typing import Any
 
 from verl.trainer.config.compose import ConfigError
 from verl.trainer.config.schema import PPOConfig
-from verl.trainer.ppo.core_algos import get_adv_estimator, get_policy_loss
+from verl.trainer.ppo.core_algos import get_adv_estimator
 from verl.trainer.ppo.kl import KL_KINDS, get_kl_controller
 from verl.trainer.ppo.policy_losses import LOSS_AGG_MODES
+from verl.trainer.ppo.registry import check_policy_loss
 from verl.trainer.ppo.reward import get_reward_manager
 from verl.trainer.ppo.rollout_correction import check_rollout_correction
 from verl.utils.dataset.mixture import check_weights
+from verl.utils.text import counted
 from verl.utils.tracking import check_loggers
 
 CHOICES = {
@@ -73,6 +75,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "reward_model.timeout_s": (lambda v: v > 0, "greater than 0"),
     "algorithm.filter_groups.max_num_gen_batches": (lambda v: v >= 0, "0 or more"),
     "trainer.critic_warmup": (lambda v: v >= 0, "0 or more"),
+    "trainer.save_freq": (lambda v: v == -1 or v >= 1, "-1 or 1 or more"),
+    "trainer.test_freq": (lambda v: v == -1 or v >= 1, "-1 or 1 or more"),
 }
 
 
@@ -146,8 +150,8 @@ def _check_batches(config: PPOConfig) -> None:
     rows, workers = mini * config.actor_rollout_ref.rollout.n, config.trainer.nnodes * config.trainer.n_gpus_per_node
     if rows < workers:
         raise ConfigError(
-            f"a mini-batch has {rows} rows (actor_rollout_ref.actor.ppo_mini_batch_size x rollout.n) for {workers} "
-            "training workers: raise ppo_mini_batch_size, or lower trainer.n_gpus_per_node"
+            f"a mini-batch has {counted(rows, 'row')} (actor_rollout_ref.actor.ppo_mini_batch_size x rollout.n) for "
+            f"{workers} training workers: raise ppo_mini_batch_size, or lower trainer.n_gpus_per_node"
         )
 
 
@@ -241,7 +245,7 @@ def _check_algorithm(config: PPOConfig) -> None:
             )
         for questions in {config.data.train_batch_size, config.data.gen_batch_size or config.data.train_batch_size}:
             estimator.check_num_questions(questions)
-        get_policy_loss(actor.policy_loss.loss_mode)
+        check_policy_loss(actor)
         get_kl_controller(algorithm.kl_ctrl)
         check_rollout_correction(algorithm.rollout_correction, config.actor_rollout_ref.rollout)
     except ValueError as error:

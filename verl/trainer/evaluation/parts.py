@@ -6,7 +6,7 @@ complete and durable; at the end they become the file, with the settings in its 
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from verl.utils.checkpoint import fsync
 
 METADATA = b"generation"  # the key of the settings in the file's schema
 SETTINGS = "settings.json"
+GROUP_BYTES = 1 << 26  # of a row group: columns of structs with more than 2 GiB of text in one cannot be read back
 
 Settings = Mapping[str, Any]  # JSON values by configuration key
 
@@ -58,23 +59,23 @@ class PartedFile:
         return [part for part in range(self.n_parts) if not self._part(part).is_file()]
 
     def write(self, part: int, table: pa.Table) -> None:
-        write_durably(self._part(part), lambda path: pq.write_table(table, path))
+        write_durably(self._part(part), lambda path: write_groups(path, table.schema, row_groups(table)))
 
     def finish(self) -> None:
-        """Join the parts, all of which are there, to the file."""
+        """Join the parts, all of which are there, to the file. One row group is in memory at a time."""
         schema = pq.read_schema(self._part(0)).with_metadata({METADATA: json.dumps(self.settings).encode()})
-
-        def join(path: Path) -> None:
-            with pq.ParquetWriter(path, schema) as writer:
-                for part in range(self.n_parts):
-                    writer.write_table(pq.read_table(self._part(part)).replace_schema_metadata(schema.metadata))
-
-        write_durably(self.path, join)
+        write_durably(self.path, lambda path: write_groups(path, schema, self._groups()))
         self.remove_parts()
 
     def remove_parts(self) -> None:
         if self.folder.is_dir():
             shutil.rmtree(self.folder)
+
+    def _groups(self) -> Iterator[pa.Table]:
+        for part in range(self.n_parts):
+            with pq.ParquetFile(self._part(part)) as file:
+                for group in range(file.num_row_groups):
+                    yield file.read_row_group(group)
 
     def _part(self, part: int) -> Path:
         return self.folder / f"part_{part:05d}.parquet"
@@ -95,6 +96,23 @@ def describe_difference(before: Settings, now: Settings) -> str:
     now = json.loads(json.dumps(now))
     keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
     return "; ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in keys)
+
+
+def row_groups(table: pa.Table) -> Iterator[pa.Table]:
+    """Slices of a table, in order, each of at most GROUP_BYTES or of one row."""
+    if table.nbytes <= GROUP_BYTES or len(table) == 1:
+        yield table
+        return
+    half = len(table) // 2
+    yield from row_groups(table.slice(0, half))
+    yield from row_groups(table.slice(half))
+
+
+def write_groups(path: Path, schema: pa.Schema, groups: Iterable[pa.Table]) -> None:
+    """Write tables to a parquet file, each as a row group."""
+    with pq.ParquetWriter(path, schema) as writer:
+        for group in groups:
+            writer.write_table(group.replace_schema_metadata(schema.metadata))
 
 
 def write_durably(path: Path, write: Callable[[Path], Any]) -> None:

@@ -21,7 +21,12 @@ from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.timer import Timer
 from verl.workers.rollout.base import Rollout, SamplingParams, ignore
 
-COUNTS = (*(f"reward/{kind}" for kind in FAILURES), "reward/overlong", "rollout/engine_restarts")
+COUNTS = (
+    *(f"reward/{kind}" for kind in FAILURES),
+    "reward/responses",
+    "reward/overlong",
+    "rollout/engine_restarts",
+)
 
 
 class Collector:

@@ -109,6 +109,9 @@ class RayPPOTrainer:
                 if self._is_due(trainer.test_freq):
                     with timer("testing"):
                         metrics |= self.validator(self.step)
+                if trainer.save_freq > 0 and self._is_due(trainer.save_freq):
+                    with timer("save_checkpoint"):
+                        self._write_checkpoint()
             metrics |= compute_timing_metrics(timer.seconds, metrics["perf/total_num_tokens"], self.actor.world_size)
             self.tracking.log(metrics, self.step)
             self.tracking.log_samples(self.step, sample_rows(batch), "train")
@@ -164,10 +167,6 @@ class RayPPOTrainer:
                     seen, result = result
                     batch = batch.with_columns(**seen.columns())
                 update_metrics |= result[0]
-        save_freq = self.config.trainer.save_freq
-        if save_freq > 0 and self._is_due(save_freq):
-            with timer("save_checkpoint"):  # while the engines on the training GPUs leave their memory free
-                self.checkpoints.write(self.step)
         with timer("update_weights"):
             metrics |= self._update_weights(check=self._weight_check_is_due())
         metrics |= (
@@ -299,6 +298,14 @@ class RayPPOTrainer:
         print(f"profile of step {self.step}: {path}.json.gz (trace) and {path}.txt (table)")
 
     # ---------------------------------------------------------------------------------------------- checkpoints
+    def _write_checkpoint(self) -> None:
+        """Write one. What waits in the CPU's memory comes to the GPUs for it, so the engines there have to leave."""
+        fsdp = self.config.actor_rollout_ref.actor.fsdp_config
+        paused = self.rollout.pause() if fsdp.param_offload or fsdp.optimizer_offload else {}
+        self.checkpoints.write(self.step)
+        if paused:
+            self._update_weights(check=False)
+
     def _resume(self) -> None:
         self.step = self.checkpoints.resume()
         if self.step >= self.total_steps:

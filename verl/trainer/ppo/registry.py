@@ -5,6 +5,7 @@ reward manager; look names up through them.
 """
 
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +16,8 @@ import numpy as np
 import torch
 
 from verl.protocol import DataProto
-from verl.trainer.config.schema import AlgorithmConfig
+from verl.trainer.config.schema import ActorConfig, AlgorithmConfig
+from verl.workers.reward.function import describe
 
 
 @contextmanager
@@ -86,7 +88,22 @@ class AdvantageEstimator:
             raise ValueError(f"{type(self).__name__} has no state, the checkpoint holds {sorted(state)} for it")
 
 
-# What a plain function is handed beside the rewards, where the batch holds it.
+@contextmanager
+def _trial(choice: str, data: str, form: str) -> Iterator[None]:
+    """Whatever a user's function raises on made-up data becomes a one-line ValueError that names its key."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, ValueError) and str(error).startswith(("algorithm.", "actor_rollout_ref.")):
+            raise  # names its key already
+        raise ValueError(f"{choice} fails on made-up {data}: {describe(error)}; its form is {form}") from error
+
+
+# What a plain function names of these it is handed by name; in the first three places it may call the first three as it
+# likes.
+CORE_ARGUMENTS = ("token_level_rewards", "response_mask", "config", "index")
+ESTIMATOR_FORM = "fn(token_level_rewards, response_mask, config, index=..., ...)"
+# And of these, where the batch holds them.
 OPTIONAL_COLUMNS = (
     "bundle_uid",
     "sample_index",
@@ -102,32 +119,26 @@ OPTIONAL_COLUMNS = (
 class FunctionEstimator(AdvantageEstimator):
     """An estimator without state made of `fn(token_level_rewards, response_mask, config, index=..., **columns)`.
 
-    `fn` returns (advantages, returns), both (N, T). It is handed the optional columns that its signature names, or all
-    of them if it takes `**kwargs`. Its keyword-only parameters are set by `algorithm.estimator_kwargs`. It is called
-    once at start-up, on made-up rewards of two questions, so that what cannot work fails before anything is sampled.
+    `fn` returns (advantages, returns), both (N, T). It is handed what its signature names, by name and in any order, or
+    everything if it takes `**kwargs`: token_level_rewards and response_mask (N, T), config (`AlgorithmConfig`), index
+    (N,) the question of each response, and the optional columns. Its other keyword-only parameters are set by
+    `algorithm.estimator_kwargs`. It is called once at start-up, on made-up rewards of two questions, so that what
+    cannot work fails before anything is sampled.
     """
 
     fn: Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
     def __init__(self, config: AlgorithmConfig, rollout_n: int, seed: int) -> None:
         super().__init__(config, rollout_n, seed)
-        self(_trial_batch(rollout_n))
+        with _trial(f"algorithm.adv_estimator={config.adv_estimator}", "rewards", ESTIMATOR_FORM):
+            self(_trial_batch(rollout_n))
 
     def __call__(self, batch: DataProto) -> AdvantageOutput:
-        parameters = inspect.signature(type(self).fn).parameters.values()
-        takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
-        accepted = {p.name for p in parameters}
-        columns = {c: batch[c] for c in OPTIONAL_COLUMNS if c in batch and (takes_all or c in accepted)}
         mask = batch["response_mask"]
+        core = (batch["token_level_rewards"], mask, self.config, batch["uid"])
+        offered = dict(zip(CORE_ARGUMENTS, core, strict=True)) | {c: batch[c] for c in OPTIONAL_COLUMNS if c in batch}
         with one_thread():
-            advantages, returns = type(self).fn(
-                batch["token_level_rewards"],
-                mask,
-                self.config,
-                index=batch["uid"],
-                **columns,
-                **self.config.estimator_kwargs,
-            )
+            advantages, returns = type(self).fn(**_arguments(type(self).fn, offered), **self.config.estimator_kwargs)
         for name, tensor in (("advantages", advantages), ("returns", returns)):
             if tensor.shape != mask.shape:
                 raise ValueError(
@@ -135,6 +146,23 @@ class FunctionEstimator(AdvantageEstimator):
                     f"for rewards of shape {tuple(mask.shape)}: one is needed for each token"
                 )
         return AdvantageOutput(advantages.float() * mask, returns.float() * mask)
+
+
+def _arguments(function: Callable, offered: dict[str, Any]) -> dict[str, Any]:
+    """What `function` is called with, of what is offered."""
+    signature = inspect.signature(function).parameters
+    parameters = signature.values()
+    arguments = {p.name: offered[p.name] for p in parameters if p.name in offered}
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty)
+    renamed = {
+        p.name: name
+        for p, name in zip(parameters, CORE_ARGUMENTS[:3], strict=False)
+        if p.name not in offered and name not in signature and (p.kind, p.default) == plain
+    }
+    arguments |= {own: offered[name] for own, name in renamed.items()}
+    if any(p.kind is p.VAR_KEYWORD for p in parameters):
+        arguments |= {name: value for name, value in offered.items() if name not in renamed.values()}
+    return arguments
 
 
 def _trial_batch(rollout_n: int) -> DataProto:
@@ -160,6 +188,7 @@ ADV_ESTIMATORS: dict[str, type[AdvantageEstimator]] = {}
 POLICY_LOSSES: dict[str, Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]] = {}
 TOKEN_SELECTIONS: dict[str, Callable[..., torch.Tensor]] = {}
 REWARD_MANAGERS: dict[str, Any] = {}
+LOSS_MODE = "actor_rollout_ref.actor.policy_loss.loss_mode"
 
 
 def register_adv_est(
@@ -193,7 +222,10 @@ def _estimator_class(
     class Estimator(FunctionEstimator):
         needs_critic = critic
         needs_greedy_baseline = greedy_baseline
-        own_parameters = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY) - set(OPTIONAL_COLUMNS)
+        own_parameters = frozenset(p.name for p in parameters if p.kind is p.KEYWORD_ONLY) - {
+            *CORE_ARGUMENTS,
+            *OPTIONAL_COLUMNS,
+        }
         fn = staticmethod(function)
 
         def __init__(self, config: AlgorithmConfig, rollout_n: int, seed: int) -> None:
@@ -217,8 +249,8 @@ def register_policy_loss(name: str) -> Callable[[Any], Any]:
     """Register a policy loss `(old_log_prob, log_prob, advantages, response_mask, config)` under `name`.
 
     All tensors are (R, T), a micro-batch. It returns the loss of each token (R, T), not aggregated, and metrics that
-    the engine averages over tokens (R, T). Where `register_token_selection` has the same name, the loss also takes
-    `selected` (R, T) bool, its rows of the selection made over the whole mini-batch.
+    the engine averages over tokens, a dict of (R, T); anything else is refused. Where `register_token_selection` has
+    the same name, the loss also takes `selected` (R, T) bool, its rows of the selection made over the whole mini-batch.
     """
 
     def register(function: Any) -> Any:
@@ -245,7 +277,35 @@ def register_token_selection(name: str) -> Callable[[Any], Any]:
 
 
 def get_policy_loss(name: str) -> Callable[..., tuple[torch.Tensor, dict[str, torch.Tensor]]]:
-    return _lookup(POLICY_LOSSES, name, "actor_rollout_ref.actor.policy_loss.loss_mode")
+    """The policy loss `name`; ValueError for an unknown name, and when it returns anything but values per token, which
+    would make the gradient depend on how rows are divided into micro-batches."""
+    function = _lookup(POLICY_LOSSES, name, LOSS_MODE)
+
+    @functools.wraps(function)
+    def checked(old_log_prob: torch.Tensor, *arguments: Any, **selection: Any) -> Any:
+        output = function(old_log_prob, *arguments, **selection)
+        wanted = f"(loss, metrics) is wanted, the loss and every metric of shape {tuple(old_log_prob.shape)}, per token"
+        if not isinstance(output, tuple) or len(output) != 2:
+            found = f"{len(output)} values" if isinstance(output, tuple) else f"a {type(output).__name__}"
+            raise ValueError(f"{LOSS_MODE}={name} returns {found}: {wanted}")
+        for what, values in {"loss": output[0], **output[1]}.items():
+            if getattr(values, "shape", None) != old_log_prob.shape:
+                found = f"shape {tuple(values.shape)}" if hasattr(values, "shape") else f"type {type(values).__name__}"
+                raise ValueError(f"{LOSS_MODE}={name} returns a {what} of {found}: {wanted}")
+        return output
+
+    return checked
+
+
+def check_policy_loss(config: ActorConfig) -> None:
+    """Call the configured loss on made-up rows; ValueError if it cannot work."""
+    name = config.policy_loss.loss_mode
+    function = get_policy_loss(name)
+    log_prob, mask = torch.full((2, 3), -1.0, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
+    advantages = torch.tensor([[1.0], [-1.0]]).expand(2, 3)
+    selection = {"selected": mask} if get_token_selection(name) else {}
+    with _trial(f"{LOSS_MODE}={name}", "rows", "fn(old_log_prob, log_prob, advantages, response_mask, config)"):
+        function(log_prob.detach(), log_prob, advantages, mask, config, **selection)
 
 
 def get_token_selection(name: str) -> Callable[..., torch.Tensor] | None:

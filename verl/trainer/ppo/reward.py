@@ -76,7 +76,7 @@ def check_reward(reward: RewardFunction, evaluate: Evaluate, datasets: Sequence[
                 try:
                     reward_score.check_data_source(request.data_source)
                 except ValueError as error:
-                    raise ValueError(f"{dataset.place(index)}: {error}") from error
+                    raise ValueError(f"{dataset.key}: {dataset.place(index)}: {error}") from error
             # Twice, since a function of lists may return one result for them all.
             for outcome in map(read_result, evaluate([request, request])):
                 if outcome.failure:
@@ -88,12 +88,14 @@ def check_reward(reward: RewardFunction, evaluate: Evaluate, datasets: Sequence[
 
 @dataclass(frozen=True)
 class Outcome:
-    """A result as it was read. `failure` is the metric that counts it, None if there is a score."""
+    """A result as it was read. `failure` is the metric that counts it, None if there is a score; `place` then names the
+    question, for messages."""
 
     score: float
     values: dict[str, Any] = field(default_factory=dict)
     failure: str | None = None
     message: str = ""
+    place: str = ""
 
 
 def read_result(result: Any) -> Outcome:
@@ -153,8 +155,9 @@ class RewardManager:
          - extras, each (N,): `score` and `acc` (the function's, or else the score; float64), `pred` (the answer read,
            None if there is none to read; the response itself for a function that reads none), and the function's other
            fields as `reward_extra/{name}` (None where a row has none);
-         - metrics: `reward/acc` (mean), `reward/exceptions`, `reward/timeouts`, `reward/crashes` and
-           `reward/non_finite` (responses), `reward_extra/{name}/mean` of numeric fields, and those of `shape`.
+         - metrics: `reward/acc` (mean), `reward/responses` (N), of which `reward/exceptions`, `reward/timeouts`,
+           `reward/crashes` and `reward/non_finite` failed, `reward_extra/{name}/mean` of numeric fields,
+           and those of `shape`.
         """
         outcomes = self.outcomes(self.requests(batch, responses))
         return self.assemble(batch["response_mask"], responses, outcomes)
@@ -188,8 +191,10 @@ class RewardManager:
         found = []
         for request, result in zip(requests, self.evaluate(requests), strict=True):
             outcome = read_result(result)
-            if outcome.failure and self.reward.path is None:
-                outcome = replace(outcome, score=reward_score.wrong_score(request.data_source))
+            if outcome.failure:
+                own = self.reward.path is not None
+                score = 0.0 if own else reward_score.wrong_score(request.data_source)
+                outcome = replace(outcome, score=score, place=_place(request))
             found.append(outcome)
         return found
 
@@ -197,25 +202,26 @@ class RewardManager:
         self, mask: torch.Tensor, responses: list[str], outcomes: list[Outcome]
     ) -> tuple[torch.Tensor, dict[str, np.ndarray], dict[str, float]]:
         """What `__call__` returns, from the outcomes of all rows; mask: (N, T) of response tokens."""
-        metrics = {f"reward/{kind}": 0.0 for kind in FAILURES}
+        metrics = {f"reward/{kind}": 0.0 for kind in FAILURES} | {"reward/responses": float(len(outcomes))}
         for outcome in outcomes:
             if outcome.failure:
                 metrics[f"reward/{outcome.failure}"] += 1.0
-                self._log(outcome.message)
+                self._log(outcome)
         scores = torch.tensor([outcome.score for outcome in outcomes], dtype=torch.float32)
         extras, extra_metrics = _extras(outcomes, responses)
         scores, shape_metrics = self.shape(scores, mask)
         metrics["reward/acc"] = float(extras["acc"].mean())
         return at_last_token(scores, mask), extras, metrics | extra_metrics | shape_metrics
 
-    def _log(self, message: str) -> None:
-        if message in self._logged or len(self._logged) > MAX_MESSAGES:
+    def _log(self, outcome: Outcome) -> None:
+        if outcome.message in self._logged or len(self._logged) > MAX_MESSAGES:
             return
-        self._logged.add(message)
+        self._logged.add(outcome.message)
         if len(self._logged) > MAX_MESSAGES:
             logger.warning("%s: further messages are not logged; reward/exceptions still counts them", self.reward)
         else:
-            logger.warning("%s failed, the response scores as a wrong one: %s", self.reward, message)
+            text = "%s failed on a response to %s, which scores as a wrong one: %s"
+            logger.warning(text, self.reward, outcome.place, outcome.message)
 
 
 @register_reward_manager("dapo")
@@ -266,6 +272,12 @@ def _each(result: Any, count: int) -> list[Any]:
     if len(result) != count:
         return [ValueError(f"it returned {len(result)} results for {count} responses")] * count
     return list(result)
+
+
+def _place(request: RewardRequest) -> str:
+    """The question, as far as its row says which it is."""
+    index = request.extra_info.get("index")
+    return f"data_source {request.data_source!r}" + (f", extra_info.index {index}" if index is not None else "")
 
 
 def overlong_penalty(lengths: torch.Tensor, max_length: int, config: OverlongBufferConfig) -> torch.Tensor:

@@ -8,6 +8,7 @@ import numpy as np
 from verl.protocol import DataProto
 from verl.utils.dataset.mixture import Mixture
 from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.text import counted
 
 
 class StatefulLoader:
@@ -29,8 +30,8 @@ class StatefulLoader:
     ):
         if batch_size < 1 or batch_size > len(dataset):
             raise ValueError(
-                f"data.{key} is {batch_size}, the training data have {len(dataset)} questions: "
-                f"set it to 1..{len(dataset)}"
+                f"data.{key} is {batch_size}, the training data have {counted(len(dataset), 'question')}: "
+                f"set it to {'1' if len(dataset) == 1 else f'1..{len(dataset)}'}"
             )
         if seed < 0:
             raise ValueError(f"data.seed is {seed}: give a number from 0 up")

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from verl.utils.text import counted
+
 
 class Mixture:
     """Epochs of `draws` questions, `files[f]` (Q_f,) holding the indices of file f's questions and `weights[f]` its
@@ -74,7 +76,7 @@ def check_weights(weights: Sequence[float], num_files: int) -> None:
     """Raises ValueError, naming data.train_weights, unless there is one per file, none negative and not all 0."""
     given = f"data.train_weights is {list(weights)}"
     if len(weights) != num_files:
-        raise ValueError(f"{given}, data.train_files has {num_files} files: give one weight for each")
+        raise ValueError(f"{given}, data.train_files has {counted(num_files, 'file')}: give one weight for each")
     if not all(math.isfinite(weight) and weight >= 0 for weight in weights):
         raise ValueError(f"{given}: give weights of 0 or more")
     if not any(weights):

@@ -11,6 +11,7 @@ from verl.protocol import DataProto, object_array
 from verl.trainer.config.schema import DataConfig
 from verl.utils.dataset.rows import RowFile, read_files
 from verl.utils.dataset.tokens import check_truncation, cut, pad_id, pad_left, prompt_ids
+from verl.utils.text import counted
 
 
 class RLHFDataset:
@@ -23,6 +24,7 @@ class RLHFDataset:
 
     def __init__(self, files: str | Sequence[str], tokenizer: Any, config: DataConfig, key: str = "data.train_files"):
         check_truncation(config.truncation)
+        self.key = key
         self.tokenizer = tokenizer
         self.pad_token_id = pad_id(tokenizer)
         self.files = read_files(files, key, [config.prompt_key, "data_source", "reward_model"], self.prepare)
@@ -34,10 +36,12 @@ class RLHFDataset:
         dropped = sum(self._add(i, file, config) for i, file in enumerate(self.files))
         if dropped:
             total = dropped + len(self)
-            print(f"{key}: dropped {dropped} of {total} prompts longer than {config.max_prompt_length} tokens")
+            longer = f"longer than {counted(config.max_prompt_length, 'token')}"
+            print(f"{key}: dropped {dropped} of {counted(total, 'prompt')} {longer}")
         if not self._places:
             raise ValueError(
-                f"{key}: all {dropped} prompts are longer than data.max_prompt_length ({config.max_prompt_length})"
+                f"{key}: every prompt ({dropped}) is longer than data.max_prompt_length={config.max_prompt_length}: "
+                "raise it"
             )
 
     def prepare(self, rows: Dataset) -> Dataset:

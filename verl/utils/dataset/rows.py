@@ -1,15 +1,17 @@
 """Rows of parquet and JSONL files, with errors that name file, row and column. Rows count from 0."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 from datasets import Dataset
+from datasets.fingerprint import generate_random_fingerprint
 
 Prepare = Callable[[Dataset], Dataset]
+KINDS = {str: "text", bool: "a truth value", int: "a number", float: "a number", list: "a list", dict: "a dict"}
 
 
 def as_read(rows: Dataset) -> Dataset:
@@ -19,8 +21,9 @@ def as_read(rows: Dataset) -> Dataset:
 
 @dataclass(frozen=True)
 class RowFile:
-    """The rows of one file. `read` is the only way to make one."""
+    """The rows of one file, named by the configuration key `key`. `read` is the only way to make one."""
 
+    key: str
     path: Path
     rows: Dataset
 
@@ -45,10 +48,10 @@ class RowFile:
         for column in required:
             if column not in rows.column_names:
                 raise ValueError(f"{key}: {path} has no column {column!r}; it has {', '.join(rows.column_names)}")
-        return cls(path, rows)
+        return cls(key, path, rows)
 
     def error(self, row: int, column: str, problem: str) -> ValueError:
-        return ValueError(f"{self.path}, row {row}, column {column!r}: {problem}")
+        return ValueError(f"{self.key}: {self.path}, row {row}, column {column!r}: {problem}")
 
 
 def read_files(
@@ -80,7 +83,8 @@ def _read_parquet(path: Path, key: str) -> Dataset:
         table = pq.read_table(path)
     except (OSError, ValueError) as error:  # what pyarrow raises for a file that is not parquet
         raise ValueError(f"{key}: {path} cannot be read as parquet: {_one_line(error)}") from error
-    return Dataset(table)
+    # The fingerprint it would make itself pickles the table, which fails for columns of more than 2 GiB.
+    return Dataset(table, fingerprint=generate_random_fingerprint())
 
 
 def _read_jsonl(path: Path, key: str) -> Dataset:
@@ -98,8 +102,36 @@ def _read_jsonl(path: Path, key: str) -> Dataset:
             rows.append(row)
     try:
         return Dataset.from_list(rows)
-    except (ValueError, TypeError) as error:  # pyarrow's, when a column holds values of different types
-        raise ValueError(f"{key}: {path} has a column of mixed types: {_one_line(error)}") from error
+    except (ValueError, TypeError, OverflowError) as error:  # pyarrow's, mostly for values of different types
+        problem = _first_of_another_type(rows) or f" cannot be made a table: {_one_line(error)}"
+        raise ValueError(f"{key}: {path}{problem}") from error
+
+
+def _first_of_another_type(rows: list[dict[str, Any]]) -> str | None:
+    """The first value whose type is another one than that of the values before it in its column, for a message."""
+    first: dict[str, tuple[int, str]] = {}
+    for number, row in enumerate(rows):
+        for column, kind, value in _kinds(row):
+            seen_in, seen = first.setdefault(column, (number, kind))
+            if kind != seen:
+                where = "in the same row" if seen_in == number else f"in row {seen_in}"
+                return (
+                    f", row {number}, column {column!r}: {_brief(value)} is {kind}, {where} it is {seen}: use one type"
+                )
+    return None
+
+
+def _kinds(value: Any, column: str = "") -> Iterator[tuple[str, str, Any]]:
+    """(column, type, value) of a JSON value and of all inside; `a.b` is a field of `a`, `a[]` an item. Whole and other
+    numbers may stand in one column, and null beside everything."""
+    if column and value is not None:
+        yield column, KINDS[type(value)], value
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _kinds(inner, f"{column}.{name}" if column else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _kinds(inner, f"{column}[]")
 
 
 def _brief(value: Any) -> str:

@@ -5,6 +5,7 @@ rest of its batch and its place among the `num_workers`: hanging calls wait side
 """
 
 import asyncio
+import pickle
 import signal
 import time
 from collections import deque
@@ -13,11 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from verl.workers.reward.channel import Clock
-from verl.workers.reward.function import RewardFunction
+from verl.workers.reward.function import Call as Request
+from verl.workers.reward.function import RewardFunction, describe
 from verl.workers.reward.outcomes import ScorerDied, ScoringTimeout, decode, timed_out
 from verl.workers.reward.processes import Process, Processes
 
-BATCH_SIZE = 8  # calls handed to a process at a time
+BATCH_SIZE = 8  # calls handed to a process at a time,
+BATCH_BYTES = 1 << 20  # or fewer, once they have as many
 CONCURRENT_CALLS = 64  # of an asynchronous function, per process
 MAX_PARKED = 64  # processes that may wait beside the working ones for a call that takes long
 SPARES = 2  # processes kept ready beside the working ones
@@ -60,7 +63,7 @@ class Call:
 
     job: Job
     index: int
-    request: bytes
+    request: Request
     losses: int = 0
 
 
@@ -90,8 +93,8 @@ class Dispatcher:
             self.group.close()
             self.loop.close()
 
-    def add(self, future: Future, requests: list[bytes]) -> None:
-        """Score these pickled requests."""
+    def add(self, future: Future, requests: list[Request]) -> None:
+        """Score these requests."""
         if self.error is not None:
             future.set_exception(self.error)
             return
@@ -184,19 +187,32 @@ class Dispatcher:
     def _send(self, process: Process, room: int) -> None:
         """Up to `room` calls, fewer towards the end so that the last ones are spread."""
         count = min(room, -(-len(self.pending) // (2 * self.num_workers)))
-        numbers: list[int] = []
-        while self.pending and len(numbers) < count:
+        batch: list[tuple[int, bytes]] = []
+        size = 0
+        while self.pending and len(batch) < count and (size < BATCH_BYTES or self.concurrent):
             number = self.pending.popleft()
-            if number in self.calls:  # not answered, after it was taken back
-                numbers.append(number)
-        if not numbers:
+            if number not in self.calls:  # answered, after it was taken back
+                continue
+            if (request := self._pickle(number)) is not None:
+                batch.append((number, request))
+                size += len(request)
+        if not batch:
             return
         process.batch += 1
-        process.calls |= set(numbers)
+        process.calls.update(number for number, _ in batch)
         process.heard = time.monotonic()
-        self.group.send(process, (process.batch, [(number, self.calls[number].request) for number in numbers]))
+        self.group.send(process, (process.batch, batch))
         if process.timer is None:
             process.timer = self.loop.call_later(self._grace(process), self._check, process)
+
+    def _pickle(self, number: int) -> bytes | None:
+        """The request of a call as bytes; None if it has none, which is the call's outcome then."""
+        try:
+            return pickle.dumps(self.calls[number].request, protocol=pickle.HIGHEST_PROTOCOL)
+        except Exception as error:  # pickling runs the request's own code
+            message = f"{self.reward}: the request cannot be sent to a scoring process: {describe(error)}"
+            self._resolve(number, RuntimeError(message))
+            return None
 
     def _resolve(self, number: int, result: Any) -> None:
         """The outcome of a call, unless it has one: it may have been taken back while it was answered after all."""

@@ -32,19 +32,20 @@ class ScoringPool:
         self._thread.start()
 
     def submit(self, requests: Sequence[Call]) -> Future:
-        """Begin to score; the future's result is that of `evaluate`. Earlier submissions come first."""
-        pickled = [pickle.dumps(request, protocol=pickle.HIGHEST_PROTOCOL) for request in requests]
+        """Begin to score; the future's result is that of `evaluate`. Earlier submissions come first. A request is
+        pickled when a process gets it, so that what requests share is there once; change none until then."""
         future: Future = Future()
         future.set_running_or_notify_cancel()
         with self._lock:
             if self._closed or not self._thread.is_alive():
                 raise RuntimeError("the scoring pool is closed")
-            self._dispatcher.loop.call_soon_threadsafe(self._dispatcher.add, future, pickled)
+            self._dispatcher.loop.call_soon_threadsafe(self._dispatcher.add, future, list(requests))
         return future
 
     def evaluate(self, requests: Sequence[Call]) -> list[Any]:
-        """Per request, in order: what the function returned; the exception that it raised; ScoringTimeout; or
-        ScorerDied. Raises RuntimeError, naming the function, if it cannot be imported."""
+        """Per request, in order: what the function returned; the exception that it raised; ScoringTimeout; ScorerDied;
+        or RuntimeError, if it cannot be pickled. Raises RuntimeError, naming the function, if that cannot be imported.
+        """
         return self.submit(requests).result()
 
     @property
