@@ -87,12 +87,12 @@ if AT:
 if AT == "rollout":
     in_step(hf, "sample", STEP, 5, lambda *args: die())
 elif AT == "update":  # the first of two mini-batches has moved the weights
-    in_step(fsdp_engine.FSDPEngine, "step", STEP, 2, lambda self: die())
+    in_step(fsdp_engine.FSDPEngine, "step", STEP, 2, lambda *args, **kwargs: die())
 elif AT == "save":  # the shards are written, the rest is not
     in_step(os, "fsync", STEP, 1, lambda descriptor: die())
 elif AT == "background":  # while step 5 trains beside the write
     in_step(os, "fsync", STEP, 1, lambda descriptor: threading.Event().wait(60), thread="checkpoint")
-    in_step(fsdp_engine.FSDPEngine, "step", STEP + 1, 2, lambda self: die())
+    in_step(fsdp_engine.FSDPEngine, "step", STEP + 1, 2, lambda *args, **kwargs: die())
 '''
 
 
