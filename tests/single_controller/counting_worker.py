@@ -2,6 +2,7 @@
 
 import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +22,14 @@ class TwoPartError(Exception):
 class CountingWorker(Worker):
     def __init__(self, offset: float = 0.0) -> None:
         self.offset = offset
+
+    @register(Dispatch.ALL)
+    def wait_for(self, path: str) -> bool:
+        """Whether a file appears within 20 s."""
+        deadline = time.monotonic() + 20
+        while not Path(path).exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return Path(path).exists()
 
     @register(Dispatch.ALL)
     def describe(self, suffix: str = "") -> str:

@@ -81,6 +81,11 @@ def test_metrics_come_by_rank(group: WorkerGroup):
     assert group.metrics_only(batch(3)) == [{"rows": 2.0, "total": 3.0}, {"rows": 1.0, "total": 3.0}]
 
 
+def test_the_driver_works_while_the_workers_compute(group: WorkerGroup, tmp_path):
+    """They wait for what it does meanwhile."""
+    assert group.wait_for(str(tmp_path / "file"), meanwhile=(tmp_path / "file").touch) == [True, True]
+
+
 def test_the_drivers_batch_is_never_written_to(group: WorkerGroup):
     data = batch(4)
     assert group.overwrite_rows(data)["x"].tolist() == [0] * 4

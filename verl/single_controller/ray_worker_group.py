@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -235,6 +235,7 @@ class RayWorkerGroup(WorkerGroup):
         kwargs: dict[str, Any],
         rows: list[np.ndarray] | None,
         timeout_s: float | None,
+        meanwhile: Callable[[], None],
     ) -> list[Any]:
         if self._over:
             raise WorkerError(f"{method} was called after {self._over}")
@@ -244,6 +245,7 @@ class RayWorkerGroup(WorkerGroup):
         shares = [None] * self.world_size if rows is None else rows
         refs = [host.execute.remote(call, share) for host, share in zip(self._hosts, shares, strict=True)]
         try:
+            meanwhile()
             return self._gather(method, refs, None if timeout_s is None else time.monotonic() + timeout_s)
         except BaseException as error:  # an interrupt too: the workers would go on computing
             self._kill(f"the workers were killed: {error}")

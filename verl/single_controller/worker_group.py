@@ -1,5 +1,6 @@
 """A group of workers as the driver sees it, and the group that is one worker in the driver's own process."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
@@ -16,6 +17,10 @@ class WorkerError(RuntimeError):
 
 class WorkerDied(WorkerError):
     """The process of a worker is gone: killed, out of memory, or crashed."""
+
+
+def nothing() -> None:
+    """What the driver does while it waits, unless told otherwise."""
 
 
 class WorkerGroup:
@@ -41,13 +46,14 @@ class WorkerGroup:
         """Run a registered method on all workers and bring the results back as its dispatch says.
 
         `timeout_s`: a TimeoutError if they take longer; None: no limit (a dead worker is noticed at once all the same).
+        `meanwhile`: called in the driver while the workers compute.
         """
         dispatch = self.methods[method]
         rows = None
-        timeout_s = kwargs.pop("timeout_s", None)
+        timeout_s, meanwhile = kwargs.pop("timeout_s", None), kwargs.pop("meanwhile", nothing)
         if dispatch is Dispatch.ROWS:
             rows = partition_rows(method, args, kwargs.pop("rows", None), self.world_size)
-        return collect(method, dispatch, self._run(method, args, kwargs, rows, timeout_s), rows)
+        return collect(method, dispatch, self._run(method, args, kwargs, rows, timeout_s, meanwhile), rows)
 
     def _run(
         self,
@@ -56,6 +62,7 @@ class WorkerGroup:
         kwargs: dict[str, Any],
         rows: list[np.ndarray] | None,
         timeout_s: float | None,
+        meanwhile: Callable[[], None],
     ) -> list[Any]:
         """The workers' results, by rank; `rows` as in `partition_rows`."""
         raise NotImplementedError
@@ -94,9 +101,11 @@ class LocalWorkerGroup(WorkerGroup):
         kwargs: dict[str, Any],
         rows: list[np.ndarray] | None,
         timeout_s: float | None,
+        meanwhile: Callable[[], None],
     ) -> list[Any]:
         if self.worker is None:
             raise WorkerError(f"{method} was called after the workers were shut down")
+        meanwhile()  # before: the worker is this process
         return [run_method(self.worker, method, args, kwargs, None if rows is None else rows[0])]
 
     def shutdown(self) -> None:

@@ -3,6 +3,41 @@
 import torch
 
 from verl.protocol import DataProto
+from verl.trainer.config.schema import PPOConfig, RolloutCorrectionConfig
+from verl.trainer.ppo.risk_metrics import covariance_metrics
+from verl.trainer.ppo.rollout_correction import rollout_correction
+from verl.utils.torch_functional import masked_mean
+
+
+def describe_batch(batch: DataProto, config: PPOConfig, metrics: dict[str, float]) -> dict[str, float]:
+    """Add the metrics of the whole batch, which has advantages, `old_log_probs` and `entropy`, to `metrics`."""
+    metrics |= compute_data_metrics(batch, config.data.max_prompt_length)
+    metrics |= policy_metrics(batch)
+    metrics |= engine_metrics(batch, config.algorithm.rollout_correction)
+    return metrics
+
+
+def engine_metrics(batch: DataProto, correction: RolloutCorrectionConfig) -> dict[str, float]:
+    """How far the engine's probabilities are from the trainer's, 0 where they agree. Nothing is known under
+    bypass_mode, which takes the engine's for the trainer's, and without the engine's log-probs."""
+    if correction.bypass_mode or "rollout_log_probs" not in batch:
+        return {}
+    old, engine, mask = batch["old_log_probs"], batch["rollout_log_probs"], batch["response_mask"]
+    diff = (old.exp() - engine.exp()).abs()[mask]
+    return rollout_correction(old, engine, mask, correction).metrics | {
+        "training/rollout_probs_diff_mean": float(diff.mean()),
+        "training/rollout_probs_diff_max": float(diff.max()),
+        "training/rollout_probs_diff_std": float(diff.std(unbiased=False)),
+    }
+
+
+def policy_metrics(batch: DataProto) -> dict[str, float]:
+    """Entropy and what drives it."""
+    mask = batch["response_mask"]
+    covariance = covariance_metrics(
+        batch["old_log_probs"], batch["advantages"], mask, batch["token_level_rewards"].sum(1).double(), batch["uid"]
+    )
+    return covariance | {"actor/entropy": float(masked_mean(batch["entropy"], mask))}
 
 
 def compute_data_metrics(batch: DataProto, max_prompt_length: int | None = None) -> dict[str, float]:

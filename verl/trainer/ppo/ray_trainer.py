@@ -5,23 +5,23 @@ The driver holds ids, tokens, rewards and advantages; models live in the workers
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig
 
 from verl.protocol import DataProto
-from verl.single_controller.worker_group import WorkerGroup
+from verl.single_controller.worker_group import WorkerGroup, nothing
 from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.checkpointing import Checkpointing
 from verl.trainer.ppo.collect import COUNTS, Collector
 from verl.trainer.ppo.core_algos import ADV_ESTIMATORS, AdvantageEstimator, get_adv_estimator
 from verl.trainer.ppo.kl import apply_kl_penalty, get_kl_controller
-from verl.trainer.ppo.metrics import compute_data_metrics, compute_timing_metrics
+from verl.trainer.ppo.metrics import compute_timing_metrics, describe_batch
 from verl.trainer.ppo.policy_losses import select_tokens
 from verl.trainer.ppo.registry import get_token_selection
 from verl.trainer.ppo.reward import RewardManager
-from verl.trainer.ppo.risk_metrics import covariance_metrics
 from verl.trainer.ppo.rollout_correction import rollout_correction
 from verl.trainer.ppo.update_plan import UpdatePlan
 from verl.trainer.ppo.validation import Validator
@@ -30,7 +30,6 @@ from verl.utils.flops import matrix_parameters, training_flops
 from verl.utils.generators import seed_generators
 from verl.utils.run_folder import RunLock
 from verl.utils.timer import Timer
-from verl.utils.torch_functional import masked_mean
 from verl.utils.tracking import Tracking
 from verl.workers.rollout.base import Rollout
 from verl.workers.rollout.engine_rollout import EngineRollout
@@ -160,9 +159,12 @@ class RayPPOTrainer:
         if self.with_critic:
             with timer("update_critic"):
                 update_metrics |= self.actor.update_critic(critic_inputs(batch), rows=plan.rows)[0]
+        described: dict[str, float] = {}
         if self.step > self.config.trainer.critic_warmup:
             with timer("update_actor"):
-                result = self.actor.update_actor(self._update_inputs(batch), rows=plan.rows)
+                # Metrics of a large batch take seconds; without the old log-probs they have to wait for the update.
+                describe = partial(describe_batch, batch, self.config, described) if "entropy" in batch else nothing
+                result = self.actor.update_actor(self._update_inputs(batch), rows=plan.rows, meanwhile=describe)
                 if isinstance(result, tuple):
                     seen, result = result
                     batch = batch.with_columns(**seen.columns())
@@ -170,11 +172,9 @@ class RayPPOTrainer:
         with timer("update_weights"):
             metrics |= self._update_weights(check=self._weight_check_is_due())
         metrics |= (
-            compute_data_metrics(batch, self.config.data.max_prompt_length)
+            (described or describe_batch(batch, self.config, described))
             | output.metrics
             | update_metrics
-            | policy_metrics(batch)
-            | self._engine_metrics(batch)
             | plan.metrics()
             | self._utilisation(plan, timer)
         )
@@ -249,20 +249,6 @@ class RayPPOTrainer:
         flops = float(training_flops(self.model_config, matrix_parameters(self.model_config), plan.lengths).sum())
         flops *= self.config.actor_rollout_ref.actor.ppo_epochs
         return {"perf/mfu/actor": flops / (seconds * self.actor.world_size * self.peak_flops)}
-
-    def _engine_metrics(self, batch: DataProto) -> dict[str, float]:
-        """How far the engine's probabilities are from the trainer's, 0 where they agree. Nothing is known under
-        bypass_mode, which takes the engine's for the trainer's, and without the engine's log-probs."""
-        correction = self.config.algorithm.rollout_correction
-        if correction.bypass_mode or "rollout_log_probs" not in batch:
-            return {}
-        old, engine, mask = batch["old_log_probs"], batch["rollout_log_probs"], batch["response_mask"]
-        diff = (old.exp() - engine.exp()).abs()[mask]
-        return rollout_correction(old, engine, mask, correction).metrics | {
-            "training/rollout_probs_diff_mean": float(diff.mean()),
-            "training/rollout_probs_diff_max": float(diff.max()),
-            "training/rollout_probs_diff_std": float(diff.std(unbiased=False)),
-        }
 
     # ---------------------------------------------------------------------------------------------------- engines
     def _prepare_weight_check(self) -> WeightCheck | None:
@@ -349,15 +335,6 @@ def old_log_probs_differ(config: PPOConfig, estimator: AdvantageEstimator) -> bo
         or correction.rollout_rs is not None
         or get_token_selection(actor.policy_loss.loss_mode) is not None
     )
-
-
-def policy_metrics(batch: DataProto) -> dict[str, float]:
-    """Entropy and what drives it."""
-    mask = batch["response_mask"]
-    covariance = covariance_metrics(
-        batch["old_log_probs"], batch["advantages"], mask, batch["token_level_rewards"].sum(1).double(), batch["uid"]
-    )
-    return covariance | {"actor/entropy": float(masked_mean(batch["entropy"], mask))}
 
 
 def sample_rows(batch: DataProto) -> list[dict[str, Any]]:
