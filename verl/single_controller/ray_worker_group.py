@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from verl.single_controller.dispatch import run_method
 from verl.single_controller.worker import Place, Worker
-from verl.single_controller.worker_group import WorkerDied, WorkerError, WorkerGroup
+from verl.single_controller.worker_group import Call, WorkerDied, WorkerError, WorkerGroup
 from verl.utils.device import available_cores, resolve_device
 
 CLOSE_TIMEOUT_S = 30.0
@@ -228,25 +228,18 @@ class RayWorkerGroup(WorkerGroup):
         self._gather("start", refs, deadline)
 
     # -------------------------------------------------------------------------------------------------- calling
-    def _run(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        rows: list[np.ndarray] | None,
-        timeout_s: float | None,
-        meanwhile: Callable[[], None],
-    ) -> list[Any]:
+    def _run(self, call: Call) -> list[Any]:
         if self._over:
-            raise WorkerError(f"{method} was called after {self._over}")
-        call: Any = (method, args, kwargs)
-        if args:  # a batch is stored once, for all workers
-            call = ray.put(call)
-        shares = [None] * self.world_size if rows is None else rows
-        refs = [host.execute.remote(call, share) for host, share in zip(self._hosts, shares, strict=True)]
+            raise WorkerError(f"{call.method} was called after {self._over}")
+        sent: Any = (call.method, call.args, call.kwargs)
+        if call.args:  # a batch is stored once, for all workers
+            sent = ray.put(sent)
+        shares = [None] * self.world_size if call.rows is None else call.rows
+        refs = [host.execute.remote(sent, share) for host, share in zip(self._hosts, shares, strict=True)]
         try:
-            meanwhile()
-            return self._gather(method, refs, None if timeout_s is None else time.monotonic() + timeout_s)
+            call.meanwhile()
+            deadline = None if call.timeout_s is None else time.monotonic() + call.timeout_s
+            return self._gather(call.method, refs, deadline)
         except BaseException as error:  # an interrupt too: the workers would go on computing
             self._kill(f"the workers were killed: {error}")
             raise

@@ -1,12 +1,11 @@
 """A group of workers as the driver sees it, and the group that is one worker in the driver's own process."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
-import numpy as np
-
-from verl.single_controller.dispatch import Dispatch, collect, partition_rows, registered_methods, run_method
+from verl.single_controller.dispatch import Dispatch, Rows, collect, partition_rows, registered_methods, run_method
 from verl.single_controller.worker import Place, Worker
 from verl.utils.device import resolve_device, share_cores
 
@@ -21,6 +20,18 @@ class WorkerDied(WorkerError):
 
 def nothing() -> None:
     """What the driver does while it waits, unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of all workers: what `WorkerGroup.call` was given; `rows` as in `partition_rows`, None for all."""
+
+    method: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rows: Rows | None
+    timeout_s: float | None
+    meanwhile: Callable[[], None]
 
 
 class WorkerGroup:
@@ -53,18 +64,10 @@ class WorkerGroup:
         timeout_s, meanwhile = kwargs.pop("timeout_s", None), kwargs.pop("meanwhile", nothing)
         if dispatch is Dispatch.ROWS:
             rows = partition_rows(method, args, kwargs.pop("rows", None), self.world_size)
-        return collect(method, dispatch, self._run(method, args, kwargs, rows, timeout_s, meanwhile), rows)
+        return collect(method, dispatch, self._run(Call(method, args, kwargs, rows, timeout_s, meanwhile)), rows)
 
-    def _run(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        rows: list[np.ndarray] | None,
-        timeout_s: float | None,
-        meanwhile: Callable[[], None],
-    ) -> list[Any]:
-        """The workers' results, by rank; `rows` as in `partition_rows`."""
+    def _run(self, call: Call) -> list[Any]:
+        """The workers' results, by rank."""
         raise NotImplementedError
 
     def shutdown(self) -> None:
@@ -94,19 +97,12 @@ class LocalWorkerGroup(WorkerGroup):
         self.worker: Worker | None = worker_cls(*args, **(kwargs or {}))
         self.worker.setup_distributed(place)
 
-    def _run(
-        self,
-        method: str,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        rows: list[np.ndarray] | None,
-        timeout_s: float | None,
-        meanwhile: Callable[[], None],
-    ) -> list[Any]:
+    def _run(self, call: Call) -> list[Any]:
         if self.worker is None:
-            raise WorkerError(f"{method} was called after the workers were shut down")
-        meanwhile()  # before: the worker is this process
-        return [run_method(self.worker, method, args, kwargs, None if rows is None else rows[0])]
+            raise WorkerError(f"{call.method} was called after the workers were shut down")
+        call.meanwhile()  # before: the worker is this process
+        rows = None if call.rows is None else call.rows[0]
+        return [run_method(self.worker, call.method, call.args, call.kwargs, rows)]
 
     def shutdown(self) -> None:
         if self.worker is not None:
