@@ -251,6 +251,7 @@ def test_missing_package_is_refused_before_the_run(monkeypatch, tmp_path):
         make(tmp_path, "wandb")
 
 
+@pytest.mark.slow  # imports everything in a new process
 def test_trackers_are_imported_only_when_used():
     import subprocess
 

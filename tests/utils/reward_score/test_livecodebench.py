@@ -278,6 +278,7 @@ def test_in_the_pool_a_program_that_runs_out_of_time_is_wrong_and_not_a_time_out
     assert metrics["reward_extra/timed_out/mean"] == 1.0
 
 
+@pytest.mark.slow  # waits for time-outs
 def test_a_solution_ends_with_the_scorer_that_is_killed(tmp_path):
     """In the pool, whose time-out is shorter here than the test's."""
     mark = f"solution-{os.getpid()}-{time.monotonic_ns()}"

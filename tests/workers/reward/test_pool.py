@@ -176,6 +176,7 @@ def test_calls_are_made_once_beside_stuck_ones(tmp_path):
     assert [file.read_text() for file in files] == ["x"] * 60
 
 
+@pytest.mark.slow  # a time-out long enough for all of them
 def test_stuck_calls_wait_side_by_side_once_it_is_known_what_a_call_takes():
     with new_pool(timeout_s=3.0) as pool:
         pool.evaluate(requests(*["good"] * 8))
@@ -246,6 +247,7 @@ def test_an_asynchronous_function(name):
     assert results[0]["said"] == "sleep 0.01"
 
 
+@pytest.mark.slow  # hundreds of calls that wait
 def test_asynchronous_calls_wait_together():
     with new_pool("compute_async", num_workers=1, timeout_s=20.0) as pool:
         start = time.monotonic()
