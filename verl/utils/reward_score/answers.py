@@ -18,7 +18,8 @@ ANSWER_LINE = re.compile(
     r"^[^\w\n]*(?:the[ \t]+)?(?:final[ \t]+)?answer[ \t]*[*_]*[ \t]*[:：]", re.IGNORECASE | re.MULTILINE
 )
 # A sentence of one line to the end of the text, but for a hope that it is right; a question is no answer.
-LAST_SENTENCE = re.compile(r"((?:[^\n.!?]|[.!?](?=\S))*)[.!]?(?:\s+I hope [^\n]*)?\s*")
+# What is repeated is never given back: with spaces without end that would take the square of their number.
+LAST_SENTENCE = re.compile(r"((?:[^\n.!?]|[.!?](?=\S))*+)[.!]?+(?:\s++I hope [^\n]*+)?+\s*+")
 SEVERAL = re.compile(r"\b(?:either|or)\b", re.IGNORECASE)  # what is not decided
 MARKUP = re.compile(r"\\[\[\]()]|[\s$*_`]")
 ANSWER_PHRASE = re.compile(r"\banswer\b[^.\n]{0,40}?(?:\bis\b|[:=])", re.IGNORECASE)

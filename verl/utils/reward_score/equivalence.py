@@ -28,7 +28,7 @@ COMPARABLE = ({"list", "set"}, {"list", "()"}, {"list", "union"})
 
 BASE = re.compile(r"\(?([0-9A-Za-z]+)\)?_\{?(\d{1,2})\}?")
 LETTERS = re.compile(r"[A-Za-z][A-Za-z\s.,'!?]*")
-CHOICES = "abcdefghij"  # letters that a model may write in lower case
+CHOICES = frozenset("abcdefghij")  # letters that a model may write in lower case
 CHOICE = re.compile(r"\(?([A-Z])\)?")
 CHOSEN = re.compile(r"(?:[Oo]ption\s|[Cc]hoice\s)?\s*(?:\(([A-Z])\)|([A-Z])(?:[.):]|$))(?:\s(.*))?", re.DOTALL)
 MARK = re.compile(r"\([A-Z]\)|\b[A-Z][.):]")  # of a second choice

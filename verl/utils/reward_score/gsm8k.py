@@ -10,7 +10,8 @@ from verl.utils.reward_score.structure import relation
 from verl.utils.reward_score.units import quantity
 
 MAX_LENGTH = 200  # characters of an answer
-MARKER = re.compile(r"####[ \t*`]*([^\n]*\d[^\n]*)")
+MARKER = re.compile(r"####([^\n]*)")
+DIGIT = re.compile(r"\d")
 
 
 def read_number(text: str) -> Number | None:
@@ -28,7 +29,7 @@ def compute_score(
     gold = read_number(str(ground_truth))
     if gold is None:
         raise ValueError(f"ground_truth {ground_truth!r:.80} of data_source {data_source!r} is not a number")
-    markers = [(match.start(), match[1]) for match in MARKER.finditer(solution_str)]
+    markers = [(match.start(), match[1]) for match in MARKER.finditer(solution_str) if DIGIT.search(match[1])]
     candidates = [*markers[-1:], *filter(None, [last_box(solution_str)])]
     read = read_number(max(candidates)[1]) if candidates else None
     score = float(read is not None and read.equals(gold))
