@@ -21,6 +21,7 @@ RESPONSES = {
     "a question after spaces": "the answer is" + " " * LONG + "?",
     "spaces before a hope": "the answer is 1." + " " * LONG + "I hoped",
     "a marker and stars": "####" + "*" * LONG,
+    "a number and spaces": BOX % ("1 mod 2" + " " * 1900 + "x"),
     "hashes": "#" * LONG,
     "markers": "#### 1\n" * (LONG // 7),
     "thoughts": "<think>" * (LONG // 7),

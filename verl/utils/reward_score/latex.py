@@ -42,6 +42,7 @@ END = r"(?![A-Za-z])"  # of a command
 REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in [
+        (r"\s+", " "),  # first: the patterns below take long over many spaces
         # delimiters, boxes, sizes, spacing
         (r"\\(?:boxed|fbox)\s*\{((?:[^{}]|\{[^{}]*\})*)\}", r"\1"),
         (r"\\[()]|(?<!\\)\\[\[\]]|(?<!\\)\$", " "),
