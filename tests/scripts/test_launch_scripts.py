@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.scripts.launches import SCRIPTS, SMALL, environment, make_data, sizes, steps
-from verl.trainer.ppo.reward import FAILURES
+from verl.workers.reward.outcomes import FAILURES
 
 RUNS = sorted(SCRIPTS.glob("run_*.sh"))
 

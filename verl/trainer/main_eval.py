@@ -20,11 +20,12 @@ from verl.trainer.evaluation.parts import parts_folder, read_settings, write_dur
 from verl.trainer.evaluation.report import Report, SourceReport
 from verl.trainer.evaluation.statistics import Bootstrapped, Measures, measures_by_group
 from verl.trainer.ppo.registry import get_reward_manager
-from verl.trainer.ppo.reward import FAILURES, RewardManager, load_reward, make_reward_manager
+from verl.trainer.ppo.reward import RewardManager, load_reward, make_reward_manager
 from verl.utils import reward_score
 from verl.utils.dataset.rows import RowFile, read_files
 from verl.utils.random import generator
 from verl.workers.reward.function import RewardFunction
+from verl.workers.reward.outcomes import FAILURES
 
 COLUMNS = ["data_source", "reward_model", "responses", "response_lengths", "finished"]
 CALLS = 1024  # responses handed to the scoring processes together,

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from verl.trainer.config.schema import PPOConfig
-from verl.trainer.ppo.reward import FAILURES
 from verl.utils.run_folder import set_aside
+from verl.workers.reward.outcomes import FAILURES
 
 Metrics = Mapping[str, float]
 

@@ -15,10 +15,11 @@ from verl.trainer.config.schema import PPOConfig
 from verl.trainer.ppo.generation import concat_prompts, expand
 from verl.trainer.ppo.groups import Groups
 from verl.trainer.ppo.registry import AdvantageEstimator
-from verl.trainer.ppo.reward import FAILURES, RewardManager
+from verl.trainer.ppo.reward import RewardManager
 from verl.trainer.ppo.score_stream import ScoreStream
 from verl.utils.dataset.loader import StatefulLoader
 from verl.utils.timer import Timer
+from verl.workers.reward.outcomes import FAILURES
 from verl.workers.rollout.base import Rollout, SamplingParams, ignore
 
 COUNTS = (

@@ -17,14 +17,13 @@ from verl.trainer.ppo.registry import get_reward_manager, register_reward_manage
 from verl.utils import reward_score
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.workers.reward.function import Call, RewardBatch, RewardFunction, RewardRequest, describe
-from verl.workers.reward.outcomes import ScorerDied, ScoringTimeout
+from verl.workers.reward.outcomes import FAILURES, ScorerDied, ScoringTimeout
 from verl.workers.reward.pool import ScoringPool
 
 logger = logging.getLogger(__name__)
 Evaluate = Callable[[Sequence[RewardRequest]], list[Any]]
 
 CODE_TIME = 0.8  # of reward_model.timeout_s: what all tests of a program may take; the rest is for the sandbox
-FAILURES = ("exceptions", "timeouts", "crashes", "non_finite")
 MAX_MESSAGES = 50  # distinct messages logged per run
 
 

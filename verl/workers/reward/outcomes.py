@@ -5,6 +5,8 @@ from typing import Any
 
 from verl.workers.reward.function import RewardFunction, describe
 
+FAILURES = ("exceptions", "timeouts", "crashes", "non_finite")  # calls without a score, as metrics count them
+
 
 class ScoringTimeout(Exception):
     """The call took longer than the time-out and was ended."""
